@@ -1,0 +1,130 @@
+"""The command: arguments, then checkpoint, engine, application and server.
+
+    python llama3_service.py [--ckpts DIRECTORY_OR_HUB_ID] [--app]
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).with_name("llama3_app.py")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(
+        description="Stream the replies of a language model, token by token, over HTTP."
+    )
+    add = parser.add_argument
+    add("-H", "--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("-P", "--port", type=_port, default=8800, help="port to listen on (%(default)s)")
+    add(
+        "-c",
+        "--ckpts",
+        metavar="MODEL",
+        help="directory in Hugging Face format, or hub id (a small demo model)",
+    )
+    add("--app", action="store_true", help="start the chat page too")
+    add("--app-port", type=_port, default=7860, help="port of the chat page (%(default)s)")
+    add(
+        "--max-queue",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="requests that may wait; one more gets status 429 (%(default)s)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until a signal ends it; returns the exit status."""
+    args = parse_arguments(arguments)
+    # Imported here, so that --help and a mistyped flag answer at once.
+    from stream_service.server import Server, bind
+
+    try:
+        listening = bind(args.host, args.port)
+    except OSError as error:
+        print(
+            f"cannot listen on {args.host}:{args.port}: {error.strerror}; "
+            "choose another --port, or end what is using it",
+            file=sys.stderr,
+        )
+        return 1
+
+    from stream_generator.checkpoint import load_checkpoint
+    from stream_generator.engine import Engine
+    from stream_generator.errors import CheckpointError
+    from stream_service.app import MAX_BODY_BYTES, create_app
+
+    try:
+        checkpoint = load_checkpoint(args.ckpts)
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 1
+    engine = Engine(checkpoint, max_waiting=args.max_queue).start()
+    server = Server(
+        create_app(engine), listening, max_waiting=args.max_queue, max_body=MAX_BODY_BYTES
+    )
+
+    def end(signal_number: int, frame: object) -> None:
+        signal.signal(signal_number, signal.SIG_DFL)  # a second one ends at once
+        server.stop()
+
+    signal.signal(signal.SIGINT, end)
+    signal.signal(signal.SIGTERM, end)
+    address = f"http://{_reachable(args.host)}:{server.port}"
+    page = _start_page(args, address) if args.app else None
+    print(f"{checkpoint.name} is ready at {address}. Try:\n\n    {_curl_line(address)}\n", flush=True)
+    try:
+        server.run()
+    finally:
+        engine.close()
+        if page is not None:
+            page.terminate()
+            page.wait()
+    return 0
+
+
+def _start_page(args: argparse.Namespace, address: str) -> "subprocess.Popen[bytes]":
+    """The chat page, as a process of its own: it knows the service by its address alone."""
+    environment = {
+        **os.environ,
+        "LLAMA3_ADDRESS": address,
+        "GRADIO_SERVER_NAME": args.host,
+        "GRADIO_SERVER_PORT": str(args.app_port),
+    }
+    return subprocess.Popen([sys.executable, str(PAGE)], env=environment)
+
+
+def _curl_line(address: str) -> str:
+    body = '{"query": "Explain how a rainbow forms."}'
+    return f"curl -N -H 'Content-Type: application/json' -d '{body}' {address}/stream"
+
+
+def _reachable(host: str) -> str:
+    """The host as a client on this machine writes it."""
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port; use 0 to 65535")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Token-by-token generation: ids in, ids and text out. Import from the modules themselves."""

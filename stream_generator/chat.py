@@ -1,0 +1,133 @@
+"""Messages to prompt ids: the checkpoint's own chat template, and no way to forge a turn."""
+
+import re
+from collections.abc import Iterable
+from typing import Any, TypedDict
+
+from jinja2 import TemplateError
+
+from stream_generator.errors import InvalidRequest
+
+# Private-use characters: no script needs them, and templates pass them through untouched.
+_PRIVATE_USE = range(0xE000, 0xF8FF)
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str  # "system", "user" or "assistant"
+    content: str
+
+
+class ChatFormat:
+    """Renders conversations with the chat template that came with the checkpoint.
+
+    An ordinary conversation gets exactly the ids of `tokenizer.apply_chat_template`. One whose
+    text contains the name of a control token (say `<|eot_id|>`) gets that name as plain text, so
+    that nobody can end a turn, or begin one, from inside a message.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        added = list(tokenizer.added_tokens_decoder.values())
+        template = str(tokenizer.chat_template or "")
+        self._special = {token.content: token for token in added if token.special}
+        # Some checkpoints do not flag their turn tokens as special; the template gives them away.
+        flagged_nowhere = [
+            token.content
+            for token in added
+            if not token.special and token.content in template and not token.content.isspace()
+        ]
+        self._special_pattern = _any_of(self._special)
+        self._control_pattern = _any_of([*self._special, *flagged_nowhere])
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        """The prompt ids of `messages`, ready for the assistant's reply.
+
+        A conversation that ends in an assistant turn is continued: the prompt ends inside it.
+        Raises `InvalidRequest` if there is no template, or the template refuses the messages.
+        """
+        if not self._tokenizer.chat_template:
+            raise InvalidRequest(
+                "this model has no chat template, so it cannot chat; serve an instruct model",
+                param="messages",
+            )
+        if self._control_pattern is None or not any(
+            self._control_pattern.search(message["content"]) for message in messages
+        ):
+            ids: list[int] = self._apply_template(messages, tokenize=True)
+            return ids
+        return self._encode_guarded(messages)
+
+    def _encode_guarded(self, messages: list[Message]) -> list[int]:
+        """Break control tokens inside messages by a marker, render, and encode piece by piece."""
+        plain, split = _unused_characters("".join(m["content"] for m in messages))
+
+        def break_up(match: re.Match[str]) -> str:
+            name = match.group()
+            return name[0] + (plain if name in self._special else split) + name[1:]
+
+        assert self._control_pattern is not None
+        broken: list[Message] = [
+            {**m, "content": self._control_pattern.sub(break_up, m["content"])} for m in messages
+        ]
+        rendered: str = self._apply_template(broken, tokenize=False)
+        ids: list[int] = []
+        after = None  # the control token before the piece at hand
+        for piece in _split_keeping(rendered, self._special_pattern):
+            token = self._special.get(piece)
+            if token is not None:
+                ids.append(self._tokenizer.convert_tokens_to_ids(piece))
+            else:
+                # What the tokenizer itself would strip around such a token.
+                text = piece.lstrip() if after is not None and after.rstrip else piece
+                # Unflagged tokens would still be matched in plain text: encode their halves apart.
+                for part in text.replace(plain, "").split(split):
+                    ids += self._encode_plain(part)
+            after = token
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+        return ids
+
+    def _apply_template(self, messages: list[Message], *, tokenize: bool) -> Any:
+        continues = bool(messages) and messages[-1]["role"] == "assistant"
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages,
+                tokenize=tokenize,
+                add_generation_prompt=not continues,
+                continue_final_message=continues,
+                return_dict=False,
+            )
+        except (TemplateError, ValueError) as error:
+            raise InvalidRequest(
+                f"the model's chat template refuses these messages: {error}", param="messages"
+            ) from error
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern that finds any of `names`, the longest first; None for none."""
+    ordered = sorted(filter(None, names), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+
+def _split_keeping(text: str, pattern: re.Pattern[str] | None) -> list[str]:
+    if pattern is None:
+        return [text]
+    return [piece for piece in re.split(f"({pattern.pattern})", text) if piece]
+
+
+def _unused_characters(text: str) -> tuple[str, str]:
+    """Two private-use characters that do not occur in `text`."""
+    used = set(text)
+    free = (chr(c) for c in _PRIVATE_USE if chr(c) not in used)
+    try:
+        return next(free), next(free)
+    except StopIteration:
+        raise InvalidRequest(
+            "the messages use every private-use character of Unicode", param="messages"
+        ) from None

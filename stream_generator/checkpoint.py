@@ -1,0 +1,195 @@
+"""A model with its tokenizer, the facts that requests need of them, and how to load them."""
+
+import logging
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from stream_generator.chat import ChatFormat
+from stream_generator.demo_model import DEMO_NAME, demo_model_directory
+from stream_generator.detokenizer import Detokenizer
+from stream_generator.errors import CheckpointError, InvalidRequest, PromptTooLong
+from stream_generator.sampler import generator_for
+from stream_generator.sampling_params import SamplingParams
+from stream_generator.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+# Llama 3 ends a text with the first and a turn with the others. Some copies of the checkpoint
+# name only one of them in their configuration, and then never stop.
+LLAMA3_END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+
+# Where a configuration names no context length.
+UNKNOWN_CONTEXT_LENGTH = 2048
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A loaded model and what there is to know about it.
+
+    `end_ids`: every id that ends a reply. `context_length`: prompt and reply together, in
+    tokens. `defaults`: the sampling parameters that its generation config names.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any
+    chat: ChatFormat
+    end_ids: frozenset[int]
+    context_length: int
+    vocab_size: int
+    defaults: SamplingParams
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: Any, name: str = "model") -> Self:
+        """The facts of a model that is loaded already."""
+        text_config = model.config.get_text_config()
+        return cls(
+            name=name,
+            model=model,
+            tokenizer=tokenizer,
+            chat=ChatFormat(tokenizer),
+            end_ids=_end_ids(model, tokenizer),
+            context_length=getattr(text_config, "max_position_embeddings", None)
+            or UNKNOWN_CONTEXT_LENGTH,
+            vocab_size=text_config.vocab_size,
+            defaults=_defaults(model.generation_config),
+        )
+
+    def new_sequence(
+        self, prompt_ids: Iterable[int], params: SamplingParams, *, request_id: str
+    ) -> Sequence:
+        """A sequence ready to run: parameters resolved, a generator of its own.
+
+        Raises `PromptTooLong` when the context has no room for a reply, and `InvalidRequest`
+        for ids that the vocabulary does not have.
+        """
+        prompt = list(prompt_ids)
+        room = self.context_length - len(prompt)
+        if not prompt:
+            raise InvalidRequest("the prompt is empty; give at least one token", param="messages")
+        if room < 1:
+            raise PromptTooLong(
+                f"prompt has {len(prompt)} tokens but the context holds {self.context_length}, "
+                "the reply included; shorten it",
+                param="messages",
+            )
+        self._check_ids("messages", prompt)
+        self._check_ids("stop_token_ids", params.stop_token_ids or ())
+        self._check_ids("logit_bias", params.logit_bias or ())
+        resolved = params.resolved(self.defaults, room=room, seed=secrets.randbits(32))
+        return Sequence(
+            id=request_id,
+            prompt_ids=prompt,
+            params=resolved,
+            end_ids=self.end_ids,
+            context_length=self.context_length,
+            detokenizer=Detokenizer(self.tokenizer),
+            generator=None if resolved.greedy else generator_for(resolved.seed or 0),
+        )
+
+    def _check_ids(self, param: str, ids: Iterable[int]) -> None:
+        for token_id in ids:
+            if not 0 <= token_id < self.vocab_size:
+                raise InvalidRequest(
+                    f"token id {token_id} is not in the vocabulary; use 0 to {self.vocab_size - 1}",
+                    param=param,
+                )
+
+
+def load_checkpoint(source: str | None = None) -> Checkpoint:
+    """Load a model from a directory in Hugging Face format or by its hub id; None: the demo model.
+
+    In bfloat16 where the device is fast at it, else float32; over all GPUs there are. Weights
+    come from safetensors only and no code of the checkpoint is run.
+    Raises `CheckpointError`, whose message says what to do.
+    """
+    if source is None:
+        path, name = str(demo_model_directory()), DEMO_NAME
+    else:
+        path, name = _locate(source)
+    dtype = preferred_dtype()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            device_map="auto" if torch.cuda.is_available() else None,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"could not load {source or 'the demo model'}: {_first_line(error)}; --ckpts takes a "
+            "directory in Hugging Face format (config.json, tokenizer, *.safetensors) or the id "
+            "of a model on the hub (HF_TOKEN for gated ones)"
+        ) from error
+    model.eval()
+    return Checkpoint.of(model, tokenizer, name)
+
+
+def preferred_dtype() -> torch.dtype:
+    """bfloat16 where the device computes in it natively, else float32."""
+    if torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _locate(source: str) -> tuple[str, str]:
+    """The path or hub id to load from, and the model's name."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            raise CheckpointError(
+                f"{source} is not a Hugging Face checkpoint: there is no config.json in it "
+                f"(found: {found})"
+            )
+        return str(path), path.resolve().name
+    if path.exists():
+        raise CheckpointError(f"{source} is a file; give the directory of the checkpoint")
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise CheckpointError(f"{source} does not exist; give a directory or a model's hub id")
+    return source, source
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """Every id that ends a reply: what the configurations and the tokenizer name, in union."""
+    named = [
+        getattr(model.generation_config, "eos_token_id", None),
+        getattr(model.config.get_text_config(), "eos_token_id", None),
+        tokenizer.eos_token_id,
+        [i for i, t in tokenizer.added_tokens_decoder.items() if t.content in LLAMA3_END_TOKENS],
+    ]
+    ids = {i for value in named for i in (value if isinstance(value, list) else [value])}
+    return frozenset(i for i in ids if i is not None and i >= 0)
+
+
+def _defaults(config: GenerationConfig | None) -> SamplingParams:
+    """What a checkpoint's generation config says about sampling; odd values are left out."""
+    defaults: dict[str, Any] = {}
+    for name in SamplingParams.model_fields:
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        try:
+            SamplingParams(**{name: value})
+        except ValidationError:
+            logger.warning("ignoring %s=%r of the checkpoint's generation config", name, value)
+        else:
+            defaults[name] = value
+    # A checkpoint may be greedy and still carry a temperature: transformers lets it, so do we.
+    return SamplingParams.model_construct(**defaults)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,124 @@
+"""How one reply is to be sampled: a frozen record, bounded and validated once.
+
+The names and meanings are transformers'; OpenAI's where transformers has none (the two count
+penalties, `logit_bias`, `stop`). The bounds written here are the only ones in the project: the
+HTTP bodies inherit them, and `GET /` publishes them.
+"""
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+DEFAULT_TEMPERATURE = 0.6
+DEFAULT_TOP_P = 0.9
+DEFAULT_MAX_NEW_TOKENS = 1024
+LOWEST_TEMPERATURE = 0.01  # below it, logits divided by it leave float32's range
+
+# What only shapes a random draw, and so has no meaning beside `do_sample: false`.
+_DRAW_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class SamplingParams(BaseModel):
+    """Sampling parameters; `None` means: as the checkpoint's generation config says.
+
+    Raises pydantic's `ValidationError` for a value out of bounds or of the wrong type, for an
+    unknown name, and for parameters that contradict each other.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    max_new_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    min_new_tokens: int | None = Field(None, ge=0, le=1_000_000)
+    do_sample: bool | None = None
+    temperature: float | None = Field(None, ge=0, le=5)
+    top_k: int | None = Field(None, ge=0, le=1_000_000, description="0: no limit")
+    top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    no_repeat_ngram_size: int | None = Field(None, ge=0, le=1000, description="0: off")
+    logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=1024)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    stop: tuple[StopString, ...] | None = Field(None, max_length=16)
+    stop_token_ids: tuple[TokenId, ...] | None = Field(None, max_length=64)
+
+    @field_validator("stop", "stop_token_ids", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _integer_keys(cls, value: Any) -> Any:
+        # JSON has no integer keys, so OpenAI's form is {"1234": -100}.
+        if not isinstance(value, dict):
+            return value
+        return {int(k) if _is_token_id(k) else k: v for k, v in value.items()}
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.temperature is not None and 0 < self.temperature < LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be 0 (greedy) or at least {LOWEST_TEMPERATURE}, "
+                f"not {self.temperature}"
+            )
+        if self.do_sample is False:
+            idle = [name for name in _DRAW_FIELDS if getattr(self, name) is not None]
+            if idle and not (idle == ["temperature"] and self.temperature == 0):
+                raise ValueError(
+                    f"do_sample is false, so {', '.join(idle)} would have no effect; leave out "
+                    "one or the other"
+                )
+        if self.do_sample and self.temperature == 0:
+            raise ValueError("temperature 0 is greedy; leave out do_sample or raise temperature")
+        if None not in (self.min_new_tokens, self.max_new_tokens):
+            if self.min_new_tokens > self.max_new_tokens:  # type: ignore[operator]
+                raise ValueError(
+                    f"min_new_tokens ({self.min_new_tokens}) must not exceed "
+                    f"max_new_tokens ({self.max_new_tokens})"
+                )
+        return self
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken and nothing is drawn."""
+        return self.do_sample is False or self.temperature == 0
+
+    def resolved(self, defaults: "SamplingParams", *, room: int, seed: int) -> "SamplingParams":
+        """What is really used, every gap filled: by `defaults`, `room` (tokens that the context
+        still holds) and `seed`.
+
+        A greedy result names no parameter of the draw. `max_new_tokens` is at most `room`.
+        """
+        given = self.model_dump(exclude_none=True)
+        filled = defaults.model_dump(exclude_none=True) | given
+        if self.temperature is not None:
+            filled["do_sample"] = self.temperature > 0
+        elif self.do_sample and defaults.temperature == 0:
+            del filled["temperature"]
+        if SamplingParams.model_construct(**filled).greedy:
+            filled = {k: v for k, v in filled.items() if k not in _DRAW_FIELDS}
+            filled["do_sample"] = False
+        else:
+            filled["do_sample"] = True
+            filled.setdefault("temperature", DEFAULT_TEMPERATURE)
+            filled.setdefault("top_p", DEFAULT_TOP_P)
+            filled.setdefault("seed", seed)
+        limit = filled.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
+        filled["max_new_tokens"] = min(limit, room)
+        least = min(filled.get("min_new_tokens", 0), filled["max_new_tokens"])
+        if least:
+            filled["min_new_tokens"] = least
+        return SamplingParams(**filled)
+
+
+def _is_token_id(key: object) -> bool:
+    return isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10

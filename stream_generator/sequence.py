@@ -1,0 +1,136 @@
+"""One request's whole state, and what comes out of it. No torch here."""
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from stream_generator.detokenizer import Detokenizer
+from stream_generator.sampling_params import SamplingParams
+from stream_generator.stop_strings import StopStrings
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"  # an end-of-sequence id or a stop string
+    LENGTH = "length"  # max_new_tokens, or the context is full
+    ABORT = "abort"  # the reader left
+    ERROR = "error"  # computing failed
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """What one step added to a sequence. The last one of a sequence has a `finish_reason`."""
+
+    delta: str
+    token_id: int | None = None
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePosition:
+    """How many requests are still before this one."""
+
+    position: int
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One request: its prompt, its parameters, and all that changes while it runs.
+
+    `params` are resolved: no gap that matters is left (see `SamplingParams.resolved`).
+    Invariant: `text` is the joined deltas of all outputs, and once `finish_reason` is set nothing
+    changes any more.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    end_ids: Collection[int]
+    context_length: int
+    detokenizer: Detokenizer
+    output_ids: list[int] = field(default_factory=list)
+    deltas: list[str] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    abort_requested: bool = False
+    generator: Any = None  # the sequence's own torch.Generator
+    submitted_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    first_token_at: float | None = None
+    finished_at: float | None = None
+
+    def __post_init__(self) -> None:
+        self._stop_strings = StopStrings(self.params.stop or ())
+
+    @property
+    def text(self) -> str:
+        """All of the reply so far."""
+        return "".join(self.deltas)
+
+    @cached_property
+    def all_end_ids(self) -> frozenset[int]:
+        """The model's end ids and the request's own stop ids."""
+        return frozenset((*self.end_ids, *(self.params.stop_token_ids or ())))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the length limit, or the end of the context, is reached."""
+        length = len(self.output_ids)
+        limit = self.params.max_new_tokens
+        return (
+            limit is not None and length >= limit
+        ) or length + len(self.prompt_ids) >= self.context_length
+
+    def start(self) -> None:
+        """Its turn has come."""
+        self.started_at = time.monotonic()
+
+    def take(self, token_id: int) -> TokenOutput:
+        """Take the id that was computed last. The one place that decides how a sequence ends.
+
+        An end id ends it and is neither shown nor counted.
+        """
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
+        if token_id in self.all_end_ids:
+            return self._end(FinishReason.STOP)
+        self.output_ids.append(token_id)
+        delta, stopped = self._stop_strings.feed(self.detokenizer.decode(token_id))
+        if stopped:
+            return self._end(FinishReason.STOP, token_id, delta, flush=False)
+        if self.is_full:
+            return self._end(FinishReason.LENGTH, token_id, delta)
+        self.deltas.append(delta)
+        return TokenOutput(delta, token_id)
+
+    def abort(self) -> TokenOutput:
+        """End it because nobody reads it any more."""
+        return self._end(FinishReason.ABORT)
+
+    def fail(self, error: str) -> TokenOutput:
+        """End it because computing failed; `error` is told to the reader."""
+        self.error = error
+        return self._end(FinishReason.ERROR)
+
+    def _end(
+        self,
+        reason: FinishReason,
+        token_id: int | None = None,
+        delta: str = "",
+        *,
+        flush: bool = True,
+    ) -> TokenOutput:
+        if flush:
+            tail, stopped = self._stop_strings.feed(self.detokenizer.flush())
+            tail += self._stop_strings.flush()
+            if stopped:
+                reason = FinishReason.STOP
+            delta += tail
+        self.deltas.append(delta)
+        self.finish_reason = reason
+        self.finished_at = time.monotonic()
+        return TokenOutput(delta, token_id, reason)

@@ -1,0 +1,69 @@
+"""The reader's end of one request."""
+
+from collections.abc import Callable, Iterator
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Self
+
+from stream_generator.errors import GenerationFailed
+from stream_generator.sequence import FinishReason, QueuePosition, Sequence, TokenOutput
+
+
+class TokenStream:
+    """What one request gives, as it comes. Iterate it, or `get` with a time-out.
+
+    The engine never waits for a reader: what is not read yet lies in this stream's own queue,
+    which a request bounds itself by `max_new_tokens`. Leaving the `with` block, or closing,
+    aborts what is not finished.
+    """
+
+    def __init__(self, sequence: Sequence, abort: Callable[[Sequence], None]):
+        self.sequence = sequence
+        self._abort = abort
+        self._outputs: SimpleQueue[TokenOutput | QueuePosition] = SimpleQueue()
+
+    @property
+    def id(self) -> str:
+        return self.sequence.id
+
+    def get(self, timeout: float | None = None) -> TokenOutput | QueuePosition | None:
+        """The next output, the last of which has a finish reason; None if none came in time.
+
+        timeout: seconds; without one, wait as long as it takes.
+        Raises `GenerationFailed` in place of the last output if computing failed.
+        """
+        try:
+            output = self._outputs.get(timeout=timeout)
+        except Empty:
+            return None
+        if isinstance(output, TokenOutput) and output.finish_reason is FinishReason.ERROR:
+            raise GenerationFailed(self.sequence.error)
+        return output
+
+    def __iter__(self) -> Iterator[TokenOutput]:
+        """The outputs up to the last, without the places in the queue."""
+        while True:
+            output = self.get()
+            if isinstance(output, TokenOutput):
+                yield output
+                if output.finish_reason is not None:
+                    return
+
+    def put(self, output: TokenOutput | QueuePosition) -> None:
+        """The engine's end."""
+        self._outputs.put(output)
+
+    def close(self) -> None:
+        """Abort the request if it has not finished. Safe from any thread, more than once."""
+        self._abort(self.sequence)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

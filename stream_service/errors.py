@@ -1,0 +1,66 @@
+"""Exceptions to status codes and to the one error body of the service."""
+
+from typing import Any
+
+from stream_generator.errors import (
+    DuplicateRequest,
+    EngineClosed,
+    GenerationFailed,
+    InvalidRequest,
+    PromptTooLong,
+    QueueFull,
+    StreamGeneratorError,
+)
+
+MAX_MESSAGE = 1000  # characters; so that a body stays under 2 KB
+
+# status, type, code; looked up along the exception's base classes
+_ANSWERS: dict[type[BaseException], tuple[int, str, str]] = {
+    PromptTooLong: (400, "invalid_request_error", "context_length_exceeded"),
+    InvalidRequest: (400, "invalid_request_error", "invalid_value"),
+    DuplicateRequest: (409, "invalid_request_error", "duplicate_request_id"),
+    QueueFull: (429, "rate_limit_error", "queue_full"),
+    EngineClosed: (503, "server_error", "unavailable"),
+    GenerationFailed: (500, "server_error", "generation_failed"),
+    StreamGeneratorError: (500, "server_error", "internal_error"),
+}
+
+_HTTP_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    406: "not_acceptable",
+    413: "body_too_large",
+    415: "unsupported_media_type",
+}
+
+
+def answer(error: StreamGeneratorError, request_id: str) -> tuple[dict[str, Any], int]:
+    """The error body and status code for an exception of the project's own."""
+    kind = next(base for base in type(error).__mro__ if base in _ANSWERS)
+    status, type_, code = _ANSWERS[kind]
+    param = getattr(error, "param", None)
+    return error_body(str(error), type_, param, code, request_id), status
+
+
+def http_answer(status: int, message: str, request_id: str) -> tuple[dict[str, Any], int]:
+    """The error body for a status that HTTP itself, not the engine, gave rise to."""
+    type_ = "server_error" if status >= 500 else "invalid_request_error"
+    code = _HTTP_CODES.get(status, "internal_error" if status >= 500 else "invalid_request")
+    return error_body(message, type_, None, code, request_id), status
+
+
+def error_body(
+    message: str, type_: str, param: str | None, code: str, request_id: str
+) -> dict[str, Any]:
+    """`{"error": {...}}`, the shape of every error on every route and in every stream."""
+    if len(message) > MAX_MESSAGE:
+        message = message[: MAX_MESSAGE - 3] + "..."
+    return {
+        "error": {
+            "message": message,
+            "type": type_,
+            "param": param[:100] if param else None,
+            "code": code,
+            "request_id": request_id,
+        }
+    }

@@ -1,0 +1,61 @@
+"""The embedded WSGI server: waitress, set for streams that are open for long."""
+
+import socket
+from typing import Any
+
+import waitress
+from waitress import wasyncore
+
+SPARE_THREADS = 16  # beside one for each request that may wait: for GET routes and refusals
+CONNECTION_LIMIT = 1000  # waitress stops accepting at it, without an answer: keep it far away
+SILENT_READER_MS = 30_000  # a reader that acknowledges nothing for so long is dropped
+
+
+class Server:
+    """A bound and listening server. `run` serves until `stop`, from a signal or another thread."""
+
+    def __init__(self, app: Any, listening: socket.socket, *, max_waiting: int, max_body: int):
+        self._server: Any = waitress.create_server(
+            app,
+            sockets=[listening],
+            # Each open stream holds a thread; the engine's bound lies below, so that there is
+            # always one left to say no.
+            threads=max_waiting + SPARE_THREADS,
+            connection_limit=CONNECTION_LIMIT,
+            asyncore_use_poll=True,
+            channel_request_lookahead=1,  # else a disconnect is not seen while a request runs
+            max_request_body_size=max_body + 1,  # Flask answers above its limit, in JSON
+            max_request_header_size=64 * 1024,
+            ident=None,
+        )
+        self._stopping = False
+
+    @property
+    def port(self) -> int:
+        return int(self._server.effective_port)
+
+    def run(self) -> None:
+        """Serve until `stop` is called, then end the worker threads."""
+        server = self._server
+        while not self._stopping:
+            wasyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
+        server.task_dispatcher.shutdown(timeout=5)
+        wasyncore.close_all(server._map)
+
+    def stop(self) -> None:
+        """Let `run` return soon. Safe from any thread and from a signal handler."""
+        self._stopping = True
+        self._server.pull_trigger()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Bound before the model loads: an address in use is known at once.
+
+    Raises `OSError`. Port 0 takes any free one.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family, backlog=1024)
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # inherited by the accepted connections
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_READER_MS)
+    return listening

@@ -1,0 +1,142 @@
+"""What a stream looks like on the wire: events, and the three ways to write them as bytes."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from stream_generator.errors import GenerationFailed
+from stream_generator.sequence import QueuePosition, Sequence
+from stream_generator.token_stream import TokenStream
+from stream_service.errors import answer
+
+HEARTBEAT_SECONDS = 10.0
+
+Event = dict[str, Any]
+
+
+class StreamTruncated(Exception):
+    """Raised inside a plain-text response to end it without its final chunk."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to write events. `heartbeat` is sent while nothing else is; empty for none."""
+
+    content_type: str
+    encode: Callable[[Event], bytes]
+    heartbeat: bytes = b""
+
+
+def _json_line(event: Event) -> str:
+    return json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+
+
+def _as_text(event: Event) -> bytes:
+    if event["event"] == "error":
+        # The status line has left long ago: only a missing final chunk can still tell.
+        raise StreamTruncated(event["error"]["message"])
+    return str(event.get("delta", "")).encode()
+
+
+def _as_ndjson(event: Event) -> bytes:
+    return (_json_line(event) + "\n").encode()
+
+
+def _as_sse(event: Event) -> bytes:
+    return f"event: {event['event']}\ndata: {_json_line(event)}\n\n".encode()
+
+
+TEXT = Form("text/plain", _as_text)
+NDJSON = Form("application/x-ndjson", _as_ndjson)
+SSE = Form("text/event-stream", _as_sse, heartbeat=b": still here\n\n")
+FORMS = {form.content_type: form for form in (TEXT, NDJSON, SSE)}
+
+
+def events(
+    stream: TokenStream, model: str, history_after: Callable[[str], list[Any]]
+) -> Iterator[Event | None]:
+    """The events of one request, in order; None where nothing came for a heartbeat's time.
+
+    history_after: from the reply's text to the history that the next query is to bring along.
+    The last event is "end" or "error", and nothing follows it.
+    """
+    yield start_event(stream.sequence, model)
+    while True:
+        try:
+            output = stream.get(timeout=HEARTBEAT_SECONDS)
+        except GenerationFailed as error:
+            body, _ = answer(error, stream.id)
+            yield {"event": "error", **body}
+            return
+        if output is None:
+            yield None
+        elif isinstance(output, QueuePosition):
+            yield {"event": "queue", "position": output.position}
+        else:
+            if output.token_id is not None or output.delta:
+                yield {"event": "delta", "delta": output.delta, "finished": False}
+            if output.finish_reason is not None:
+                yield end_event(stream.sequence, history_after)
+                return
+
+
+def start_event(sequence: Sequence, model: str) -> Event:
+    return {
+        "event": "start",
+        "id": sequence.id,
+        "model": model,
+        "prompt_tokens": len(sequence.prompt_ids),
+    }
+
+
+def end_event(sequence: Sequence, history_after: Callable[[str], list[Any]]) -> Event:
+    return {
+        "event": "end",
+        "delta": "",
+        "finished": True,
+        **reply(sequence, history_after),
+        "timings": timings(sequence),
+        "seed": sequence.params.seed,
+        "params": sequence.params.model_dump(exclude_none=True),
+    }
+
+
+def reply(sequence: Sequence, history_after: Callable[[str], list[Any]]) -> dict[str, Any]:
+    """The whole reply, and the history to send with the next query."""
+    return {
+        "response": sequence.text,
+        "history": history_after(sequence.text),
+        "finish_reason": sequence.finish_reason,
+        "usage": usage(sequence),
+    }
+
+
+def usage(sequence: Sequence) -> dict[str, int]:
+    prompt, completion = len(sequence.prompt_ids), len(sequence.output_ids)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def timings(sequence: Sequence) -> dict[str, float | None]:
+    """Milliseconds waited and to the first token, and tokens per second from then on.
+
+    A rate needs two tokens at least: it is that of the gaps between them.
+    """
+    started, first, finished = sequence.started_at, sequence.first_token_at, sequence.finished_at
+    gaps = len(sequence.output_ids) - 1
+    rate = None
+    if first is not None and finished is not None and gaps > 0 and finished > first:
+        rate = round(gaps / (finished - first), 2)
+    return {
+        "queue_ms": _milliseconds(sequence.submitted_at, started),
+        "ttft_ms": _milliseconds(sequence.submitted_at, first),
+        "tokens_per_second": rate,
+    }
+
+
+def _milliseconds(start: float, end: float | None) -> float | None:
+    return None if end is None else round((end - start) * 1000, 1)

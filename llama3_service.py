@@ -1,6 +1,6 @@
 """The command: arguments, then checkpoint, engine, application and server.
 
-    python llama3_service.py [--ckpts DIRECTORY_OR_HUB_ID] [--app]
+python llama3_service.py [--ckpts DIRECTORY_OR_HUB_ID] [--app]
 """
 
 import argparse
@@ -78,7 +78,9 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, end)
     address = f"http://{_reachable(args.host)}:{server.port}"
     page = _start_page(args, address) if args.app else None
-    print(f"{checkpoint.name} is ready at {address}. Try:\n\n    {_curl_line(address)}\n", flush=True)
+    print(
+        f"{checkpoint.name} is ready at {address}. Try:\n\n    {_curl_line(address)}\n", flush=True
+    )
     try:
         server.run()
     finally:

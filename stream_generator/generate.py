@@ -66,7 +66,9 @@ def stream_sample(
     """
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise InvalidRequest(f"{mode.value} cannot be streamed id by id; use greedy search or sampling")
+        raise InvalidRequest(
+            f"{mode.value} cannot be streamed id by id; use greedy search or sampling"
+        )
     if generation_config.return_dict_in_generate:
         raise InvalidRequest("a stream yields ids only", param="return_dict_in_generate")
     if model.config.is_encoder_decoder:
@@ -196,7 +198,11 @@ def stream_sequence(model: PreTrainedModel, sequence: Sequence) -> Iterator[Toke
         attention_mask=torch.ones_like(ids),
         generation_config=_generation_config(model, sequence),
         logits_processor=LogitsProcessorList(
-            [CountPenalty(params.frequency_penalty or 0, params.presence_penalty or 0, ids.shape[1])]
+            [
+                CountPenalty(
+                    params.frequency_penalty or 0, params.presence_penalty or 0, ids.shape[1]
+                )
+            ]
             if params.frequency_penalty or params.presence_penalty
             else []
         ),

@@ -81,9 +81,9 @@ class Sequence:
         """Whether the length limit, or the end of the context, is reached."""
         length = len(self.output_ids)
         limit = self.params.max_new_tokens
-        return (
-            limit is not None and length >= limit
-        ) or length + len(self.prompt_ids) >= self.context_length
+        return (limit is not None and length >= limit) or length + len(
+            self.prompt_ids
+        ) >= self.context_length
 
     def start(self) -> None:
         """Its turn has come."""

@@ -99,7 +99,9 @@ def create_app(engine: Engine) -> Flask:
         except BaseException:
             release()
             raise
-        response = Response(_encoded(events, form), content_type=f"{form.content_type}; charset=utf-8")
+        response = Response(
+            _encoded(events, form), content_type=f"{form.content_type}; charset=utf-8"
+        )
         response.call_on_close(release)
         return response
 

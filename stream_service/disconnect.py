@@ -1,7 +1,10 @@
 """Who has left? One thread asks for all the open streams."""
 
+import logging
 import threading
 from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 0.05
 
@@ -42,8 +45,17 @@ class DisconnectWatcher:
                 self._changed.wait_for(lambda: self._watched)
                 watched = list(self._watched.items())
             for key, (gone, then) in watched:
-                if gone():
+                if _left(gone):
                     with self._changed:
                         self._watched.pop(key, None)
                     then()
             threading.Event().wait(self._interval)
+
+
+def _left(gone: Callable[[], bool]) -> bool:
+    """A connection that cannot be asked is taken for gone: the others must still be watched."""
+    try:
+        return gone()
+    except Exception:
+        logger.exception("could not ask whether a client is still there")
+        return True

@@ -107,6 +107,9 @@ def parse_stream_request(body: bytes) -> StreamRequest:
     data = _parse_json(body)
     if not isinstance(data, dict):
         raise InvalidRequest('the body must be a JSON object, such as {"query": "Hello"}')
+    for key in data:  # before pydantic, which cannot name a key that is not valid Unicode
+        if key not in StreamRequest.model_fields:
+            raise _unknown(key, key)
     try:
         return StreamRequest.model_validate(data)
     except ValidationError as error:
@@ -162,14 +165,19 @@ def _explained(error: ValidationError) -> InvalidRequest:
     path = [str(part) for part in first["loc"] if isinstance(part, int) or part[:1].islower()]
     param = ".".join(path).removesuffix(".str").removesuffix(".[key]") or None
     if first["type"] == "extra_forbidden":
-        name = str(first["loc"][-1])
-        known = difflib.get_close_matches(name, StreamRequest.model_fields, n=1)
-        hint = f"; did you mean {known[0]}?" if known and len(path) == 1 else ""
-        return InvalidRequest(f"unknown field {_shown(name)}{hint}", param=param)
+        return _unknown(str(first["loc"][-1]), param)
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return InvalidRequest(message, param=_named_first(message))
     return InvalidRequest(f"{param or 'body'}: {message}", param=param)
+
+
+def _unknown(name: str, param: str | None) -> InvalidRequest:
+    known = (
+        difflib.get_close_matches(name, StreamRequest.model_fields, n=1) if name == param else ()
+    )
+    hint = f"; did you mean {known[0]}?" if known else ""
+    return InvalidRequest(f"unknown field {_shown(name)}{hint}", param=param)
 
 
 def _named_first(message: str) -> str | None:

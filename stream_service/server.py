@@ -1,14 +1,42 @@
 """The embedded WSGI server: waitress, set for streams that are open for long."""
 
+import json
 import socket
+import uuid
 from typing import Any
 
 import waitress
 from waitress import wasyncore
+from waitress.channel import HTTPChannel
+from waitress.task import ErrorTask
+
+from stream_service.errors import http_answer
 
 SPARE_THREADS = 16  # beside one for each request that may wait: for GET routes and refusals
 CONNECTION_LIMIT = 1000  # waitress stops accepting at it, without an answer: keep it far away
 SILENT_READER_MS = 30_000  # a reader that acknowledges nothing for so long is dropped
+
+
+class JsonErrorTask(ErrorTask):  # type: ignore[misc]
+    """What waitress itself refuses (a malformed or too large request), in the service's shape."""
+
+    def execute(self) -> None:
+        error, request_id = self.request.error, uuid.uuid4().hex
+        body, status = http_answer(error.code, f"{error.reason}: {error.body}", request_id)
+        data = json.dumps(body).encode()
+        self.status = f"{status} {error.reason}"
+        self.response_headers += [
+            ("Content-Type", "application/json"),
+            ("Cache-Control", "no-store"),
+            ("X-Request-Id", request_id),
+        ]
+        self.set_close_on_finish()
+        self.content_length = len(data)
+        self.write(data)
+
+
+class Channel(HTTPChannel):  # type: ignore[misc]
+    error_task_class = JsonErrorTask
 
 
 class Server:
@@ -24,10 +52,11 @@ class Server:
             connection_limit=CONNECTION_LIMIT,
             asyncore_use_poll=True,
             channel_request_lookahead=1,  # else a disconnect is not seen while a request runs
-            max_request_body_size=max_body + 1,  # Flask answers above its limit, in JSON
+            max_request_body_size=max_body,
             max_request_header_size=64 * 1024,
             ident=None,
         )
+        self._server.channel_class = Channel
         self._stopping = False
 
     @property

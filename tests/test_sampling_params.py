@@ -1,0 +1,86 @@
+"""Bounds, contradictions, and how gaps are filled."""
+
+import math
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from stream_generator.sampling_params import SamplingParams
+
+NONE = SamplingParams()
+
+
+def resolved(defaults: SamplingParams = NONE, **given: Any) -> dict[str, Any]:
+    params = SamplingParams(**given).resolved(defaults, room=5000, seed=77)
+    return params.model_dump(exclude_none=True)
+
+
+def test_where_nobody_names_anything_the_projects_defaults_hold() -> None:
+    assert resolved() == {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "max_new_tokens": 1024,
+        "seed": 77,
+    }
+
+
+def test_the_checkpoints_defaults_come_before_the_projects_and_the_requests_before_both() -> None:
+    defaults = SamplingParams(temperature=0.3, top_k=20, repetition_penalty=1.05)
+    assert resolved(defaults, top_k=5) == {
+        "do_sample": True,
+        "temperature": 0.3,
+        "top_k": 5,
+        "top_p": 0.9,
+        "repetition_penalty": 1.05,
+        "max_new_tokens": 1024,
+        "seed": 77,
+    }
+
+
+@pytest.mark.parametrize("given", [{"temperature": 0}, {"do_sample": False}])
+def test_greedy_names_no_parameter_of_the_draw(given: dict[str, Any]) -> None:
+    defaults = SamplingParams(temperature=0.3, top_k=20)
+    assert resolved(defaults, **given) == {"do_sample": False, "max_new_tokens": 1024}
+
+
+def test_a_request_may_sample_from_a_checkpoint_that_is_greedy_by_default() -> None:
+    for greedy in (SamplingParams(do_sample=False), SamplingParams(temperature=0)):
+        assert resolved(greedy)["do_sample"] is False
+        assert resolved(greedy, temperature=1.0)["temperature"] == 1.0
+        assert resolved(greedy, do_sample=True)["temperature"] == 0.6
+
+
+def test_lengths_are_cut_to_the_room_that_is_left() -> None:
+    params = SamplingParams(max_new_tokens=100, min_new_tokens=50).resolved(NONE, room=30, seed=0)
+    assert (params.max_new_tokens, params.min_new_tokens) == (30, 30)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"temperature": -0.1}, {"temperature": 5.1}, {"temperature": 0.001},
+        {"temperature": math.nan}, {"temperature": math.inf}, {"temperature": "1"},
+        {"temperature": True}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"top_k": 1.5},
+        {"min_p": -0.1}, {"min_p": 1.1}, {"typical_p": 0}, {"repetition_penalty": 0},
+        {"frequency_penalty": 2.1}, {"presence_penalty": -2.1}, {"no_repeat_ngram_size": -1},
+        {"max_new_tokens": 0}, {"max_new_tokens": 10**7}, {"min_new_tokens": -1}, {"seed": -1},
+        {"seed": 2**63}, {"stop": ""}, {"stop": [""]}, {"stop": ["a"] * 17}, {"stop": "a" * 257},
+        {"stop": [1]}, {"stop_token_ids": [-1]}, {"stop_token_ids": ["1"]},
+        {"logit_bias": {"a": 1}}, {"logit_bias": {"1": 101}}, {"logit_bias": {"-1": 1}},
+        {"logit_bias": [1]}, {"unknown": 1}, {"do_sample": 1},
+        {"do_sample": False, "temperature": 0.5}, {"do_sample": False, "top_p": 0.9},
+        {"do_sample": False, "top_k": 3}, {"do_sample": True, "temperature": 0},
+        {"min_new_tokens": 5, "max_new_tokens": 4},
+    ],
+)  # fmt: skip
+def test_what_is_out_of_bounds_or_contradicts_itself_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        SamplingParams(**given)
+
+
+def test_openais_forms_are_taken() -> None:
+    params = SamplingParams(stop="END", logit_bias={"12": -100, "7": 1.5}, temperature=1)
+    assert params.stop == ("END",)
+    assert params.logit_bias == {12: -100, 7: 1.5}

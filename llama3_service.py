@@ -82,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{checkpoint.name} is ready at {address}. Try:\n\n    {_curl_line(address)}\n", flush=True
     )
     try:
-        server.run()
+        server.run(before_end=engine.close)
     finally:
         engine.close()
         if page is not None:

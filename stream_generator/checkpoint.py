@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from stream_generator.chat import ChatFormat
@@ -117,19 +118,25 @@ def load_checkpoint(source: str | None = None) -> Checkpoint:
     dtype = preferred_dtype()
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
             device_map="auto" if torch.cuda.is_available() else None,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"could not load {source or 'the demo model'}: {_first_line(error)}; --ckpts takes a "
             "directory in Hugging Face format (config.json, tokenizer, *.safetensors) or the id "
             "of a model on the hub (HF_TOKEN for gated ones)"
         ) from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers, and the model would talk nonsense.
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} of its weights ({missing[0]}, ...); download it again"
+        )
     model.eval()
     return Checkpoint.of(model, tokenizer, name)
 

@@ -79,12 +79,9 @@ class SamplingParams(BaseModel):
                 )
         if self.do_sample and self.temperature == 0:
             raise ValueError("temperature 0 is greedy; leave out do_sample or raise temperature")
-        if None not in (self.min_new_tokens, self.max_new_tokens):
-            if self.min_new_tokens > self.max_new_tokens:  # type: ignore[operator]
-                raise ValueError(
-                    f"min_new_tokens ({self.min_new_tokens}) must not exceed "
-                    f"max_new_tokens ({self.max_new_tokens})"
-                )
+        least, most = self.min_new_tokens, self.max_new_tokens
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"min_new_tokens ({least}) must not exceed max_new_tokens ({most})")
         return self
 
     @property

@@ -2,7 +2,9 @@
 
 import json
 import socket
+import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import waitress
@@ -14,6 +16,7 @@ from stream_service.errors import http_answer
 
 SPARE_THREADS = 16  # beside one for each request that may wait: for GET routes and refusals
 CONNECTION_LIMIT = 1000  # waitress stops accepting at it, without an answer: keep it far away
+FLUSH_SECONDS = 5.0  # for the last events of open streams, when the service ends
 SILENT_READER_MS = 30_000  # a reader that acknowledges nothing for so long is dropped
 
 
@@ -63,13 +66,26 @@ class Server:
     def port(self) -> int:
         return int(self._server.effective_port)
 
-    def run(self) -> None:
-        """Serve until `stop` is called, then end the worker threads."""
-        server = self._server
+    def run(self, before_end: Callable[[], None] = lambda: None) -> None:
+        """Serve until `stop` is called; then let the open answers end, and end the threads.
+
+        before_end: what makes them end, such as the engine's `close`.
+        """
         while not self._stopping:
-            wasyncore.loop(timeout=1, use_poll=True, map=server._map, count=1)
-        server.task_dispatcher.shutdown(timeout=5)
-        wasyncore.close_all(server._map)
+            self._poll(1.0)
+        before_end()
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while self._is_answering() and time.monotonic() < deadline:
+            self._poll(0.05)
+        self._server.task_dispatcher.shutdown(timeout=1)
+        wasyncore.close_all(self._server._map)
+
+    def _poll(self, timeout: float) -> None:
+        wasyncore.loop(timeout=timeout, use_poll=True, map=self._server._map, count=1)
+
+    def _is_answering(self) -> bool:
+        channels = list(self._server.active_channels.values())
+        return any(channel.requests or channel.total_outbufs_len for channel in channels)
 
     def stop(self) -> None:
         """Let `run` return soon. Safe from any thread and from a signal handler."""

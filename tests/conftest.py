@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -100,12 +100,11 @@ def running_service(checkpoint: Checkpoint, max_waiting: int = 8) -> Iterator[Ru
     server = Server(
         create_app(engine), bind("127.0.0.1", 0), max_waiting=max_waiting, max_body=MAX_BODY_BYTES
     )
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, args=(engine.close,))
     thread.start()
     try:
         yield RunningService(f"http://127.0.0.1:{server.port}", engine)
     finally:
-        engine.close()
         server.stop()
         thread.join()
 
@@ -113,7 +112,5 @@ def running_service(checkpoint: Checkpoint, max_waiting: int = 8) -> Iterator[Ru
 @pytest.fixture
 def serve() -> Iterator[ServiceFactory]:
     """Start services that end with the test."""
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         yield lambda *a, **k: stack.enter_context(running_service(*a, **k))

@@ -1,0 +1,165 @@
+"""As a user has it: the command, the demo model, curl, the page, Ctrl-C."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from conftest import running_service
+
+from stream_generator.checkpoint import Checkpoint
+from stream_service.client import StreamClient
+
+ROOT = Path(__file__).parent.parent
+RAINBOW = "Explain how a rainbow forms."
+TIMEOUT = 120
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+class Command:
+    """`python llama3_service.py ...`, its output line by line."""
+
+    def __init__(self, *arguments: str):
+        self.process = subprocess.Popen(
+            [sys.executable, "llama3_service.py", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.seen = ""
+
+    def read_until(self, pattern: str) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.seen += line
+            if found := re.search(pattern, line):
+                return found.group()
+        raise AssertionError(f"no {pattern!r} in:\n{self.seen}")
+
+    def end(self, how: signal.Signals) -> int:
+        self.process.send_signal(how)
+        output, _ = self.process.communicate(timeout=TIMEOUT)
+        self.seen += output
+        return self.process.returncode
+
+
+@pytest.fixture
+def command() -> Iterator[type[Command]]:
+    started: list[Command] = []
+
+    class Started(Command):
+        def __init__(self, *arguments: str):
+            super().__init__(*arguments)
+            started.append(self)
+
+    yield Started
+    for one in started:
+        one.process.kill()
+        one.process.communicate()
+
+
+def test_service_and_page_come_up_stream_by_curl_and_end_together(
+    demo: Checkpoint, command: type[Command]
+) -> None:
+    page_port = free_port()
+    service = command("-P", "0", "--app", "--app-port", str(page_port))
+    address = service.read_until(r"http://[\d.]+:\d+")
+    line = service.read_until(r"curl -N .*")
+
+    words = shlex.split(line)
+    words[words.index("-d") + 1] = json.dumps({"query": RAINBOW, "max_new_tokens": 24, "seed": 1})
+    with subprocess.Popen([*words, "-sS"], stdout=subprocess.PIPE) as curl:
+        assert curl.stdout is not None
+        pieces = list(iter(lambda: os.read(curl.stdout.fileno(), 4096), b""))
+    assert curl.returncode == 0
+    assert len(pieces) > 5, "words come one after another"
+    assert len(b"".join(pieces).decode().split()) > 5
+
+    page = service.read_until(rf"http://[\d.]+:{page_port}")
+    assert requests.get(page, timeout=TIMEOUT).ok
+    assert service.end(signal.SIGINT) == 0
+    assert "Traceback" not in service.seen
+    for url in (address, page):
+        with pytest.raises(requests.ConnectionError):
+            requests.get(url, timeout=TIMEOUT)
+
+
+def test_a_signal_in_mid_reply_ends_the_stream_with_an_error_and_the_command_with_0(
+    demo: Checkpoint, command: type[Command]
+) -> None:
+    service = command("-P", "0")
+    address = service.read_until(r"http://[\d.]+:\d+")
+    response = requests.post(
+        f"{address}/stream",
+        json={"query": RAINBOW, "min_new_tokens": 500},
+        headers={"Accept": "application/x-ndjson"},
+        stream=True,
+        timeout=TIMEOUT,
+    )
+    lines = response.iter_lines(chunk_size=None)
+    assert json.loads(next(lines))["event"] == "start"
+    assert json.loads(next(lines))["event"] == "delta"
+    service.process.send_signal(signal.SIGTERM)
+    assert json.loads(list(lines)[-1])["event"] == "error"
+    assert service.process.wait(TIMEOUT) == 0
+
+
+def test_mistakes_on_the_command_line_are_one_clear_sentence(command: type[Command]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        service = command("-P", str(port))
+        service.read_until(rf"cannot listen on 127.0.0.1:{port}: .*choose another --port")
+        assert service.process.wait(TIMEOUT) == 1
+    service = command("-P", "0", "-c", "/no/such/model")
+    service.read_until("/no/such/model does not exist")
+    assert service.process.wait(TIMEOUT) == 1
+    assert "Traceback" not in service.seen
+
+
+def test_what_is_streamed_is_what_is_given_at_once(demo: Checkpoint) -> None:
+    with running_service(demo) as service:
+        client = StreamClient(service.url)
+        params = {"max_new_tokens": 40, "seed": 3, "temperature": 1.0}
+        reply = client.stream(RAINBOW, **params)
+        assert "".join(reply) == client.chat(RAINBOW, **params)["response"]
+        assert reply.end["usage"]["completion_tokens"] == 40
+        again = client.stream(RAINBOW, **{**params, "seed": 4})
+        assert "".join(again) != reply.text
+
+
+def test_a_conversation_goes_on_with_the_history_that_came_back(demo: Checkpoint) -> None:
+    with running_service(demo) as service:
+
+        def ask(**body: Any) -> dict[str, Any]:
+            body = {"temperature": 0, "max_new_tokens": 24, **body}
+            return requests.post(f"{service.url}/chat", json=body, timeout=TIMEOUT).json()
+
+        first = ask(query="Name one colour.")
+        second = ask(query="Name another.", history=first["history"])
+        messages = [
+            {"role": "user", "content": "Name one colour."},
+            {"role": "assistant", "content": first["response"]},
+            {"role": "user", "content": "Name another."},
+        ]
+        same = ask(query=None, messages=messages)
+        assert second["usage"] == same["usage"]
+        assert second["response"] == same["response"]
+        assert second["history"] == [
+            ["Name one colour.", first["response"]],
+            ["Name another.", second["response"]],
+        ]

@@ -18,10 +18,10 @@ from stream_service.client import StreamClient, StreamError
 ADDRESS = "http://127.0.0.1:8800"
 
 
-def reply(message: str, history: list[dict[str, Any]], system_prompt: str) -> Iterator[str]:
+def reply(message: str, history: list[dict[str, Any]], system_prompt: str | None) -> Iterator[str]:
     """The model's reply to `message`, longer with each delta."""
     conversation = [{"role": turn["role"], "content": turn["content"]} for turn in history]
-    if system_prompt.strip():
+    if system_prompt and system_prompt.strip():  # Gradio sends None for a box never touched
         conversation.insert(0, {"role": "system", "content": system_prompt})
     conversation.append({"role": "user", "content": message})
     client = StreamClient(os.environ.get("LLAMA3_ADDRESS", ADDRESS))
@@ -47,15 +47,16 @@ def _sentence(error: StreamError, address: str) -> str:
 demo = gr.ChatInterface(
     reply,
     title="Llama 3, streamed",
-    textbox=gr.Textbox(placeholder="Write a message", label="Message", show_label=False),
+    chatbot=gr.Chatbot(show_label=False, buttons=["copy"], height="70vh"),
     additional_inputs=[
         gr.Textbox(label="System prompt", placeholder="You are a helpful assistant.", lines=2)
     ],
+    additional_inputs_accordion=gr.Accordion("Settings", open=False),
+    api_name="chat",
     concurrency_limit=None,  # visitors do not wait for each other
     flagging_mode="never",
     analytics_enabled=False,
-    api_visibility="private",
 )
 
 if __name__ == "__main__":
-    demo.launch()
+    demo.launch(footer_links=["gradio", "settings"])

@@ -72,9 +72,10 @@ class Detokenizer:
 
     def _text(self, ids: list[int]) -> str:
         # The tokenizer's own clean-up of spaces would also eat those of code and of lists.
-        return self._tokenizer.decode(
+        text: str = self._tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        return text
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

@@ -154,10 +154,10 @@ def _generators(rows: int, seed: int | None) -> list[torch.Generator]:
 
 def _pad_id(config: GenerationConfig) -> int:
     """The configured pad id; without one, an end id, as transformers has it."""
-    if config.pad_token_id is not None:
-        return config.pad_token_id
-    ends = config.eos_token_id if config.eos_token_id is not None else 0
-    return ends[0] if isinstance(ends, list) else ends
+    for ids in (config.pad_token_id, config.eos_token_id):
+        if ids is not None:
+            return int(ids[0] if isinstance(ids, list) else ids)
+    return 0
 
 
 def stream_generate(

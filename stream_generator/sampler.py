@@ -51,7 +51,7 @@ def check_scores(scores: torch.Tensor) -> None:
         )
 
 
-class CountPenalty(LogitsProcessor):
+class CountPenalty(LogitsProcessor):  # type: ignore[misc]
     """OpenAI's frequency and presence penalties, on generated tokens only.
 
     logit[j] -= count[j] * frequency + (count[j] > 0) * presence

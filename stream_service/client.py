@@ -1,7 +1,7 @@
 """A Python client for the service, on `requests` alone: light to import, exact about failure."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import Any, Self
 
@@ -70,7 +70,7 @@ class ReplyStream:
     ) -> None:
         self.close()
 
-    def _read(self) -> Any:
+    def _read(self) -> Generator[str, None, None]:
         try:
             # chunk_size None: each chunk as it arrives; a number would wait until it is full.
             for line in self._response.iter_lines(chunk_size=None):

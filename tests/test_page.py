@@ -1,14 +1,15 @@
-"""The chat page's side of the stream. What a browser shows is looked at by hand and by its own tests."""
+"""The chat page's side of the stream."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import gradio_client
 import pytest
-import requests
 from conftest import ServiceFactory
 from fakes import Gate, fake_checkpoint, says
 
@@ -79,13 +80,16 @@ def test_the_page_is_set_as_promised() -> None:
     assert page.analytics_enabled is False
 
 
-def test_the_page_starts_and_is_served() -> None:
-    """`python llama3_app.py`, on a free port."""
-    import socket
-
+def test_the_page_starts_and_streams_what_a_visitor_asks(serve: ServiceFactory) -> None:
+    """`python llama3_app.py` on a free port; a visitor who touches nothing but the message box."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"}
+    environment = {
+        **os.environ,
+        "GRADIO_SERVER_PORT": str(port),
+        "PYTHONUNBUFFERED": "1",
+        "LLAMA3_ADDRESS": serve(fake_checkpoint(says("彩虹!"))).url,
+    }
     process = subprocess.Popen(
         [sys.executable, "llama3_app.py"],
         cwd=ROOT,
@@ -99,8 +103,9 @@ def test_the_page_starts_and_is_served() -> None:
             assert process.stdout is not None
             line = next(line for line in process.stdout if "http://" in line)
             url = line[line.index("http://") :].split()[0]
-            assert requests.get(url, timeout=60).status_code == 200
-            config = requests.get(f"{url}/config", timeout=60).json()
-            assert config["title"] == "Llama 3, streamed"
+            visitor = gradio_client.Client(url, verbose=False)
+            *_, last = visitor.submit("hi", None, api_name="/chat")
+            visitor.close()
+            assert "彩虹!" in str(last)
         finally:
             process.terminate()

@@ -32,7 +32,8 @@ def create_app(engine: Engine) -> Flask:
     """The service as a WSGI application, on an engine that has been started."""
     app = Flask("stream_service", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
-    app.json.sort_keys = False  # in the order of the protocol
+    # In the order of the protocol. (The attribute is of the default provider.)
+    app.json.sort_keys = False  # type: ignore[attr-defined]
     watcher = DisconnectWatcher()
     checkpoint = engine.checkpoint
 

@@ -30,6 +30,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--app", action="store_true", help="start the chat page too")
     add("--app-port", type=_port, default=7860, help="port of the chat page (%(default)s)")
     add(
+        "--max-concurrent",
+        type=_positive,
+        metavar="N",
+        help="requests that are served at the same time (as the memory allows, at most 32)",
+    )
+    add(
+        "--max-context",
+        type=_positive,
+        metavar="TOKENS",
+        help="prompt and reply together (the model's own limit, if the memory allows)",
+    )
+    add(
         "--max-queue",
         type=_positive,
         default=32,
@@ -58,16 +70,27 @@ def main(arguments: list[str] | None = None) -> int:
     from stream_generator.checkpoint import load_checkpoint
     from stream_generator.engine import Engine
     from stream_generator.errors import CheckpointError
+    from stream_generator.model_runner import runner_for
     from stream_service.app import MAX_BODY_BYTES, create_app
 
     try:
         checkpoint = load_checkpoint(args.ckpts)
+        runner = runner_for(
+            checkpoint.model,
+            checkpoint.context_length,
+            max_concurrent=args.max_concurrent,
+            max_context=args.max_context,
+        )
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 1
-    engine = Engine(checkpoint, max_waiting=args.max_queue).start()
+    print(f"{checkpoint.name}: {runner.describe()}", flush=True)
+    engine = Engine(checkpoint, max_waiting=args.max_queue, runner=runner).start()
     server = Server(
-        create_app(engine), listening, max_waiting=args.max_queue, max_body=MAX_BODY_BYTES
+        create_app(engine),
+        listening,
+        max_open=args.max_queue + engine.max_running,
+        max_body=MAX_BODY_BYTES,
     )
 
     def end(signal_number: int, frame: object) -> None:

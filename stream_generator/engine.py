@@ -1,16 +1,13 @@
-"""The one thread that computes, and the streams it fills.
-
-For now it runs one sequence at a time; the others wait in order. `submit -> TokenStream` is the
-seam behind which that can change.
-"""
+"""The one thread that computes, and the streams it fills."""
 
 import gc
 import logging
 import threading
+import time
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -22,33 +19,39 @@ from stream_generator.errors import (
     GenerationFailed,
     QueueFull,
 )
-from stream_generator.generate import stream_sequence
+from stream_generator.model_runner import Runner, runner_for
+from stream_generator.prefix_cache import PrefixCache
+from stream_generator.sampler import Sampled
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.sequence import QueuePosition, Sequence, TokenOutput
+from stream_generator.scheduler import Plan, Scheduler
+from stream_generator.sequence import FinishReason, QueuePosition, Sequence, TokenOutput
 from stream_generator.token_stream import TokenStream
 
 logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Serves requests from one model on one computing thread.
+    """Serves many requests at once from one model, on one computing thread.
 
     Every method but `step` may be called from any thread. `start` runs `step` on a thread of its
     own until `close`; a test may call `step` itself instead.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, max_waiting: int = 32):
-        self.checkpoint = checkpoint
+    def __init__(
+        self, checkpoint: Checkpoint, *, max_waiting: int = 32, runner: Runner | None = None
+    ):
+        """runner: by default the one that fits the model, as large as the memory allows."""
+        self._runner = runner or runner_for(checkpoint.model, checkpoint.context_length)
+        self.checkpoint = replace(checkpoint, context_length=self._runner.context_length)
         self.max_waiting = max_waiting
-        self._changed = threading.Condition()  # guards what follows
-        self._waiting: deque[TokenStream] = deque()
+        self.max_running = self._runner.slots
+        self._changed = threading.Condition()  # guards the streams, the scheduler and the rest
         self._streams: dict[str, TokenStream] = {}  # waiting and running, by request id
-        self._errands: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._scheduler = Scheduler()
+        self._errands: list[tuple[Callable[[], None], Future[None]]] = []
         self._closing = False
         self._thread: threading.Thread | None = None
-        # Of the computing thread alone:
-        self._running: TokenStream | None = None
-        self._outputs: Iterator[TokenOutput] = iter(())
+        self._prefixes = PrefixCache(self._runner.slots)  # of the computing thread alone
 
     def submit(
         self, prompt_ids: Iterable[int], params: SamplingParams, request_id: str | None = None
@@ -67,37 +70,40 @@ class Engine:
                 raise EngineClosed("the service is shutting down; send the request again later")
             if sequence.id in self._streams:
                 raise DuplicateRequest(f"a request with the id {sequence.id} is still running")
-            if len(self._waiting) >= self.max_waiting:
-                raise QueueFull(
-                    f"{len(self._waiting)} requests are waiting already; try again in a while"
-                )
+            ahead = len(self._scheduler.waiting)
+            if ahead >= self.max_waiting + self._prefixes.free:
+                raise QueueFull(f"{ahead} requests are waiting already; try again in a while")
             self._streams[sequence.id] = stream
-            self._waiting.append(stream)
-            position = len(self._streams) - 1
-            if position:
+            self._scheduler.add(sequence)
+            if (position := ahead + 1 - self._prefixes.free) > 0:
                 stream.put(QueuePosition(position))
             self._changed.notify()
         return stream
 
     def abort(self, sequence: Sequence) -> None:
-        """End a request whose reader has left: before its next token, or at once if it waits."""
+        """End a request whose reader has left, when the step in progress ends."""
         with self._changed:
             sequence.abort_requested = True
             self._changed.notify()
 
     def clear(self) -> None:
-        """Give cached device memory back, between two steps; returns when it is done."""
-        self._on_computing_thread(_empty_device_cache)
+        """Forget computed prefixes and give cached device memory back; returns when it is done."""
+        self._on_computing_thread(self._forget)
 
     def step(self) -> bool:
-        """Compute one token of the running sequence; False when there was nothing to do."""
+        """Compute one token for every running sequence; False when there was nothing to do.
+
+        And some more of the oldest prompt that is not computed yet.
+        """
         self._drop_aborted()
-        stream = self._running or self._admit()
-        if stream is None:
-            return False
-        output = self._compute(stream)
-        self._deliver(stream, output)
-        return True
+        self._admit()
+        plan = self._scheduler.plan()
+        for sequence, sampled in self._compute(plan):
+            if isinstance(sampled, int):
+                self._deliver(sequence, sequence.take(sampled))
+            else:
+                self._deliver(sequence, sequence.fail(str(sampled)))
+        return not plan.is_empty
 
     def start(self) -> Self:
         """Begin to serve, on a thread of its own."""
@@ -137,39 +143,74 @@ class Engine:
     def _drop_aborted(self) -> None:
         """Release every sequence that nobody reads any more."""
         with self._changed:
-            aborted = [s for s in self._streams.values() if s.sequence.abort_requested]
-        for stream in aborted:
-            self._deliver(stream, stream.sequence.abort())
+            aborted = [s.sequence for s in self._streams.values() if s.sequence.abort_requested]
+        for sequence in aborted:
+            self._deliver(sequence, sequence.abort())
 
-    def _admit(self) -> TokenStream | None:
-        """Start the sequence that has waited longest."""
+    def _admit(self) -> None:
+        """Give free slots to those who have waited longest, with what is computed for them."""
         with self._changed:
-            if not self._waiting:
-                return None
-            stream = self._running = self._waiting.popleft()
-            for position, waiting in enumerate(self._waiting, start=1):
-                waiting.put(QueuePosition(position))
-        stream.sequence.start()
-        self._outputs = stream_sequence(self.checkpoint.model, stream.sequence)
-        return stream
+            if not self._scheduler.admit(self._place):
+                return
+            for position, sequence in enumerate(self._scheduler.waiting, start=1):
+                self._streams[sequence.id].put(QueuePosition(position))
 
-    def _compute(self, stream: TokenStream) -> TokenOutput:
-        """One more token of the running sequence; a failure is that sequence's own."""
+    def _place(self, sequence: Sequence) -> bool:
+        placement = self._prefixes.place(sequence)
+        if placement is None:
+            return False
+        if placement.length and placement.source != placement.slot:
+            self._runner.copy_prefix(placement.source, placement.slot, placement.length)
+        sequence.start(placement.slot, placement.length)
+        return True
+
+    def _compute(self, plan: Plan) -> list[tuple[Sequence, Sampled]]:
+        """The new ids of a step: of those who decode, and of a prompt that is complete."""
+        results = self._decode(plan.decode)
+        if plan.prefill is not None:
+            started = time.perf_counter()
+            try:
+                first = self._runner.prefill(plan.prefill, plan.chunk)
+            except Exception as error:  # of this prompt alone: nothing else was computed with it
+                first = _failure(plan.prefill, error)
+            self._scheduler.pace.record_prefill(time.perf_counter() - started, plan.chunk)
+            if first is not None:
+                results.append((plan.prefill, first))
+        return results
+
+    def _decode(self, sequences: list[Sequence]) -> list[tuple[Sequence, Sampled]]:
+        """One more id for each.
+
+        Where memory is short the newest request goes, and the others are tried again. Any other
+        failure is tried again for each alone, so that it stays with the one it belongs to.
+        """
+        if not sequences:
+            return []
+        started = time.perf_counter()
         try:
-            return next(self._outputs)
+            sampled = self._runner.decode(sequences)
         except Exception as error:
-            logger.exception("request %s failed", stream.id)
-            return stream.sequence.fail(_reason(error))
+            if len(sequences) == 1:
+                return [(sequences[0], _failure(sequences[0], error))]
+            if isinstance(error, torch.OutOfMemoryError):
+                newest = max(sequences, key=lambda s: s.submitted_at)
+                others = [s for s in sequences if s is not newest]
+                return [*self._decode(others), (newest, _failure(newest, error))]
+            logger.warning("a step for %d requests failed; trying each alone", len(sequences))
+            return [result for sequence in sequences for result in self._decode([sequence])]
+        self._scheduler.pace.record_decode(time.perf_counter() - started)
+        return list(zip(sequences, sampled, strict=True))
 
-    def _deliver(self, stream: TokenStream, output: TokenOutput) -> None:
+    def _deliver(self, sequence: Sequence, output: TokenOutput) -> None:
         """Hand an output to its reader; a finished sequence leaves the engine first."""
+        stream = self._streams[sequence.id]
         if output.finish_reason is not None:
-            if stream is self._running:
-                self._running, self._outputs = None, iter(())
+            sound = output.finish_reason is not FinishReason.ERROR
             with self._changed:
-                del self._streams[stream.id]
-                if stream in self._waiting:
-                    self._waiting.remove(stream)
+                del self._streams[sequence.id]
+                self._scheduler.remove(sequence)
+                self._prefixes.release(sequence, keep=sound and self._runner.keeps_prefixes)
+            self._runner.release(sequence, sound=sound)
         stream.put(output)
 
     def _on_computing_thread(self, errand: Callable[[], None]) -> None:
@@ -183,7 +224,7 @@ class Engine:
 
     def _run_errands(self) -> None:
         while self._errands:
-            errand, done = self._errands.popleft()
+            errand, done = self._errands.pop(0)
             try:
                 errand()
             except Exception as error:
@@ -197,21 +238,24 @@ class Engine:
             self._closing = True
             streams = list(self._streams.values())
         for stream in streams:
-            self._deliver(stream, stream.sequence.fail(reason))
+            self._deliver(stream.sequence, stream.sequence.fail(reason))
         while self._errands:
-            self._errands.popleft()[1].set_exception(EngineClosed(reason))
+            self._errands.pop(0)[1].set_exception(EngineClosed(reason))
+
+    def _forget(self) -> None:
+        self._prefixes.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
-def _reason(error: Exception) -> str:
+def _failure(sequence: Sequence, error: Exception) -> GenerationFailed:
     """What the reader is told. Details stay in the log: they may hold paths or addresses."""
+    logger.error("request %s failed", sequence.id, exc_info=error)
     if isinstance(error, GenerationFailed):
-        return str(error)
+        return error
     if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory; shorten the prompt or lower max_new_tokens"
-    return f"generation failed ({type(error).__name__}); the service's log has the details"
-
-
-def _empty_device_cache() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        return GenerationFailed("out of memory; shorten the prompt or lower max_new_tokens")
+    return GenerationFailed(
+        f"generation failed ({type(error).__name__}); the service's log has the details"
+    )

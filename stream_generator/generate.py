@@ -10,7 +10,7 @@ import copy
 import functools
 import inspect
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any, cast
 
@@ -191,6 +191,16 @@ def stream_generate(
 
 def stream_sequence(model: PreTrainedModel, sequence: Sequence) -> Iterator[TokenOutput]:
     """Run one sequence alone, to its end: one output a step."""
+    with closing(stream_ids(model, sequence)) as ids:
+        for token_id in ids:
+            output = sequence.take(token_id)
+            yield output
+            if output.finish_reason is not None:
+                return
+
+
+def stream_ids(model: PreTrainedModel, sequence: Sequence) -> Generator[int, None, None]:
+    """The ids of one sequence run alone; whoever reads them decides when it ends."""
     ids = torch.tensor([sequence.prompt_ids], device=model.device)
     params = sequence.params
     steps = cast(Any, model).generate(
@@ -211,10 +221,7 @@ def stream_sequence(model: PreTrainedModel, sequence: Sequence) -> Iterator[Toke
     )
     with closing(steps):
         for step in steps:
-            output = sequence.take(int(step))
-            yield output
-            if output.finish_reason is not None:
-                return
+            yield int(step)
 
 
 def _generation_config(model: PreTrainedModel, sequence: Sequence) -> GenerationConfig:

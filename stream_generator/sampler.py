@@ -1,9 +1,38 @@
-"""From scores to ids: the one draw of the project, and the penalties transformers lacks."""
+"""From scores to ids: the one draw of the project, and all rows of a step at once."""
+
+import math
+from collections.abc import Sequence as Rows
+from typing import Any
 
 import torch
-from transformers import LogitsProcessor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from stream_generator.errors import GenerationFailed
+from stream_generator.sampling_params import SamplingParams
+from stream_generator.sequence import Sequence
+
+# Of a vocabulary of 50,000 to 130,000 ids, nearly always these hold all that top-p leaves; finding
+# them costs a tenth of sorting all.
+PREFILTER = 256
+
+NOT_FINITE = (
+    "the model returned NaN or infinite logits, or the sampling parameters forbid every token; "
+    "with a half-precision model, try another dtype"
+)
+
+Sampled = int | GenerationFailed
 
 
 def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -26,7 +55,8 @@ def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     # Rounding may lift the target to the total itself, which lies past the last possible id.
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     # The first entry above the target: an id of probability 0 adds nothing, so it is never first.
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    places = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return places.clamp_max(scores.shape[1] - 1)  # only NaN lies beyond; who calls checks for it
 
 
 def uniform(generator: torch.Generator) -> float:
@@ -45,10 +75,7 @@ def check_scores(scores: torch.Tensor) -> None:
     scores: float [rows, vocab]. Costs one reduction and one transfer.
     """
     if not torch.isfinite(scores.amax(dim=-1)).all():
-        raise GenerationFailed(
-            "the model returned NaN or infinite logits, or the sampling parameters forbid every "
-            "token; with a half-precision model, try another dtype"
-        )
+        raise GenerationFailed(NOT_FINITE)
 
 
 class CountPenalty(LogitsProcessor):  # type: ignore[misc]
@@ -68,6 +95,140 @@ class CountPenalty(LogitsProcessor):  # type: ignore[misc]
         counts = torch.zeros_like(scores)
         counts.scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
         return scores - counts * self.frequency - (counts > 0) * self.presence
+
+
+@torch.inference_mode()
+def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
+    """One id for each row, by its sequence's own parameters; or why that row has none.
+
+    logits: float32 [rows, vocab], changed in place.
+    Greedy rows share one maximum, rows without a filter one draw, all others one prefilter. All
+    results come to the host in one transfer; a second one follows only for a row whose filter
+    leaves more than the prefilter holds.
+    """
+    for row, sequence in enumerate(sequences):
+        if (processors := history_processors(sequence, logits.device)) is not None:
+            ids = torch.tensor([sequence.all_ids], device=logits.device)
+            logits[row : row + 1] = processors(ids, logits[row : row + 1])
+    chosen = logits.argmax(dim=-1)
+    finite = torch.isfinite(logits.amax(dim=-1))
+    certain = torch.ones_like(finite)
+    drawn = [row for row, s in enumerate(sequences) if not s.params.greedy]
+    numbers = torch.zeros(len(sequences), dtype=torch.float64)
+    if drawn:
+        numbers[drawn] = torch.tensor(
+            [uniform(sequences[row].generator) for row in drawn], dtype=torch.float64
+        )
+        temperatures = [sequences[row].params.temperature or 1.0 for row in drawn]
+        scores = logits[drawn] / torch.tensor(temperatures, device=logits.device)[:, None]
+        ids, held = _draw_filtered(scores, [sequences[row] for row in drawn], numbers[drawn])
+        chosen[drawn], certain[drawn] = ids, held
+    results = torch.stack([chosen, finite.long(), certain.long()]).tolist()
+    sampled: list[Sampled] = []
+    for row, (token_id, is_finite, is_certain) in enumerate(zip(*results, strict=True)):
+        if not is_finite:
+            sampled.append(GenerationFailed(NOT_FINITE))
+        elif is_certain:
+            sampled.append(token_id)
+        else:
+            scores = warpers(sequences[row])(None, logits[row : row + 1])
+            sampled.append(int(draw(scores, numbers[row : row + 1])))
+    return sampled
+
+
+def history_processors(sequence: Sequence, device: torch.device) -> LogitsProcessorList | None:
+    """What shapes a row's scores before any draw, in transformers' order; None for nothing."""
+    params, prompt_length = sequence.params, len(sequence.prompt_ids)
+    made: list[Any] = []
+    if params.logit_bias:
+        biases = [[[i], float(bias)] for i, bias in params.logit_bias.items()]
+        made.append(SequenceBiasLogitsProcessor(biases))
+    if (params.repetition_penalty or 1.0) != 1.0:
+        made.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    if params.no_repeat_ngram_size:
+        made.append(NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size))
+    if params.min_new_tokens and sequence.all_end_ids:
+        made.append(
+            MinNewTokensLengthLogitsProcessor(
+                prompt_length, params.min_new_tokens, sorted(sequence.all_end_ids), device=device
+            )
+        )
+    if params.frequency_penalty or params.presence_penalty:
+        made.append(
+            CountPenalty(params.frequency_penalty or 0, params.presence_penalty or 0, prompt_length)
+        )
+    return LogitsProcessorList(made) if made else None
+
+
+def warpers(sequence: Sequence) -> LogitsProcessorList:
+    """What a row's draw is restricted to: transformers' own processors, in its order."""
+    params = sequence.params
+    made: list[Any] = []
+    if (params.temperature or 1.0) != 1.0:
+        made.append(TemperatureLogitsWarper(params.temperature))
+    if params.top_k:
+        made.append(TopKLogitsWarper(params.top_k))
+    if (params.top_p or 1.0) < 1.0:
+        made.append(TopPLogitsWarper(params.top_p))
+    if params.min_p:
+        made.append(MinPLogitsWarper(params.min_p))
+    if (params.typical_p or 1.0) < 1.0:
+        made.append(TypicalLogitsWarper(params.typical_p))
+    return LogitsProcessorList(made)
+
+
+def _draw_filtered(
+    scores: torch.Tensor, sequences: list[Sequence], numbers: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw each row from what its filters leave: ids [rows], and whether each is certain.
+
+    scores: float32 [rows, vocab], divided by the temperatures. A row is uncertain where its
+    filters may leave an id outside the PREFILTER highest; its id is then of no meaning.
+    """
+    device, vocabulary = scores.device, scores.shape[1]
+    params = [s.params for s in sequences]
+    width = min(PREFILTER, vocabulary)
+    top, ids = scores.topk(width, dim=-1)  # falling
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, device=device, dtype=torch.float32)[:, None]
+
+    ks = [min(p.top_k or vocabulary, vocabulary) for p in params]
+    last_rank = torch.tensor([min(k, width) - 1 for k in ks], device=device)[:, None]
+    by_rank = torch.tensor([k <= width for k in ks], device=device)[:, None]
+    # top-k: all that reach the k-th score (ties included)
+    kept = ~by_rank | (top >= top.gather(1, last_rank))
+    whole = torch.where(
+        by_rank,
+        top.masked_fill(~kept, -math.inf).logsumexp(dim=-1, keepdim=True),
+        scores.logsumexp(dim=-1, keepdim=True),
+    )
+    probabilities = (top - whole).exp() * kept
+    # top-p: all before which less than p has come
+    top_p = column([p.top_p or 1.0 for p in params])
+    cumulative = probabilities.cumsum(dim=-1)
+    kept &= (cumulative - probabilities < top_p) | (top_p >= 1.0)
+    # min-p: all that have that share of the highest probability
+    floor = top[:, :1] + column([math.log(p.min_p) if p.min_p else -math.inf for p in params])
+    kept &= top >= floor
+    # Certain is what does not reach the last place of the prefilter, or has none beyond it.
+    open_ended = kept[:, -1] if width < vocabulary else torch.zeros_like(kept[:, -1])
+    typical = torch.tensor([(p.typical_p or 1.0) < 1.0 for p in params], device=device)
+    in_order = ids.argsort(dim=-1)  # the draw goes by the order of the vocabulary
+    kept_scores = top.masked_fill(~kept, -math.inf).gather(1, in_order)
+    places = draw(kept_scores, numbers)
+    chosen = ids.gather(1, in_order.gather(1, places[:, None])).squeeze(1)
+    certain = ~(open_ended | typical)
+    free = [n for n, p in enumerate(params) if not _restricts(p)]
+    if free:
+        chosen[free], certain[free] = draw(scores[free], numbers[free]), True
+    return chosen, certain
+
+
+def _restricts(params: SamplingParams) -> bool:
+    """Whether the draw is from less than the whole vocabulary."""
+    shares = ((params.top_p or 1.0), (params.typical_p or 1.0))
+    return bool(params.top_k or params.min_p) or min(shares) < 1.0
 
 
 def _widest_float(device: torch.device) -> torch.dtype:

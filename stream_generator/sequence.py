@@ -57,6 +57,9 @@ class Sequence:
     finish_reason: FinishReason | None = None
     error: str | None = None
     abort_requested: bool = False
+    slot: int | None = None  # its row in the cache, while it runs
+    computed: int = 0  # how many of its ids have their keys and values there
+    cached_tokens: int = 0  # how many of its prompt were there when it came
     generator: Any = None  # the sequence's own torch.Generator
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
@@ -70,6 +73,16 @@ class Sequence:
     def text(self) -> str:
         """All of the reply so far."""
         return "".join(self.deltas)
+
+    @property
+    def all_ids(self) -> list[int]:
+        """Prompt and reply so far."""
+        return self.prompt_ids + self.output_ids
+
+    @property
+    def is_prefilled(self) -> bool:
+        """Whether all of the prompt has been computed."""
+        return self.computed >= len(self.prompt_ids)
 
     @cached_property
     def all_end_ids(self) -> frozenset[int]:
@@ -85,9 +98,10 @@ class Sequence:
             self.prompt_ids
         ) >= self.context_length
 
-    def start(self) -> None:
-        """Its turn has come."""
+    def start(self, slot: int, cached: int) -> None:
+        """Its turn has come: row `slot` is its own, with `cached` of its prompt ids computed."""
         self.started_at = time.monotonic()
+        self.slot, self.computed, self.cached_tokens = slot, cached, cached
 
     def take(self, token_id: int) -> TokenOutput:
         """Take the id that was computed last. The one place that decides how a sequence ends.

@@ -14,7 +14,7 @@ from waitress.task import ErrorTask
 
 from stream_service.errors import http_answer
 
-SPARE_THREADS = 16  # beside one for each request that may wait: for GET routes and refusals
+SPARE_THREADS = 16  # beside one for each open request: for GET routes and refusals
 CONNECTION_LIMIT = 1000  # waitress stops accepting at it, without an answer: keep it far away
 FLUSH_SECONDS = 5.0  # for the last events of open streams, when the service ends
 SILENT_READER_MS = 30_000  # a reader that acknowledges nothing for so long is dropped
@@ -45,13 +45,14 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 class Server:
     """A bound and listening server. `run` serves until `stop`, from a signal or another thread."""
 
-    def __init__(self, app: Any, listening: socket.socket, *, max_waiting: int, max_body: int):
+    def __init__(self, app: Any, listening: socket.socket, *, max_open: int, max_body: int):
+        """max_open: requests that the engine may hold at a time, waiting and running."""
         self._server: Any = waitress.create_server(
             app,
             sockets=[listening],
             # Each open stream holds a thread; the engine's bound lies below, so that there is
             # always one left to say no.
-            threads=max_waiting + SPARE_THREADS,
+            threads=max_open + SPARE_THREADS,
             connection_limit=CONNECTION_LIMIT,
             asyncore_use_poll=True,
             channel_request_lookahead=1,  # else a disconnect is not seen while a request runs

@@ -62,6 +62,7 @@ def events(
     The last event is "end" or "error", and nothing follows it.
     """
     yield start_event(stream.sequence, model)
+    is_first = True
     while True:
         try:
             output = stream.get(timeout=HEARTBEAT_SECONDS)
@@ -75,7 +76,11 @@ def events(
             yield {"event": "queue", "position": output.position}
         else:
             if output.token_id is not None or output.delta:
-                yield {"event": "delta", "delta": output.delta, "finished": False}
+                delta: Event = {"event": "delta", "delta": output.delta, "finished": False}
+                if is_first:
+                    delta["cached_tokens"] = stream.sequence.cached_tokens
+                    is_first = False
+                yield delta
             if output.finish_reason is not None:
                 yield end_event(stream.sequence, history_after)
                 return

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from fakes import engine_of
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -94,11 +95,16 @@ ServiceFactory = Callable[..., RunningService]
 
 
 @contextmanager
-def running_service(checkpoint: Checkpoint, max_waiting: int = 8) -> Iterator[RunningService]:
+def running_service(
+    checkpoint: Checkpoint, *, max_waiting: int = 8, slots: int | None = 8
+) -> Iterator[RunningService]:
     """The real server on a free port, for as long as the block lasts."""
-    engine = Engine(checkpoint, max_waiting=max_waiting).start()
+    engine = engine_of(checkpoint, max_waiting=max_waiting, slots=slots).start()
     server = Server(
-        create_app(engine), bind("127.0.0.1", 0), max_waiting=max_waiting, max_body=MAX_BODY_BYTES
+        create_app(engine),
+        bind("127.0.0.1", 0),
+        max_open=max_waiting + engine.max_running,
+        max_body=MAX_BODY_BYTES,
     )
     thread = threading.Thread(target=server.run, args=(engine.close,))
     thread.start()

@@ -19,6 +19,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from stream_generator.checkpoint import Checkpoint
+from stream_generator.engine import Engine
+from stream_generator.model_runner import ModelRunner, runner_for
 
 END, TURN = 256, 257  # ids of the byte tokenizer's two control tokens
 VOCABULARY = 258
@@ -71,11 +73,30 @@ class FakeModel(PreTrainedModel, GenerationMixin):
         self.anchor = torch.nn.Parameter(torch.zeros(1))  # what .device and .dtype are read from
         self.generation_config = GenerationConfig(use_cache=False, do_sample=False)
 
-    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> CausalLMOutputWithPast:
+    def _next(self, ids: list[int]) -> int:
+        """Ids below 32 alone are no text, but what a runner tries the model with."""
+        return END if max(ids) < 32 else self.next_id(ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Its one layer's keys are the ids themselves: it sees what cache and mask let it see."""
+        seen = input_ids
+        if past_key_values is not None:
+            states = input_ids[:, None, :, None].float()
+            keys, _ = past_key_values.update(states, states, 0)
+            seen = keys[:, 0, :, 0].long()
         logits = torch.zeros(*input_ids.shape, VOCABULARY)
-        for row, ids in enumerate(input_ids.tolist()):
-            logits[row, -1, self.next_id(ids)] = 50.0
-        return CausalLMOutputWithPast(logits=logits)
+        for row, ids in enumerate(seen):
+            if attention_mask is not None and attention_mask.dim() == 4:
+                ids = ids[attention_mask[row if len(attention_mask) > 1 else 0, 0, -1]]
+            logits[row, -1, self._next(ids.tolist())] = 50.0
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
 def reply_of(ids: list[int]) -> int:
@@ -87,10 +108,22 @@ def reply_of(ids: list[int]) -> int:
     return 0
 
 
+def is_complete_prompt(ids: list[int]) -> bool:
+    """Whether a reply is asked for, and not a part of a prompt or a probe computed."""
+    return bytes(i for i in ids if i < 256).rpartition(b"assistant:")[1] != b""
+
+
 def says(text: str) -> Callable[[list[int]], int]:
     """Replies `text`, then the end id."""
     data = text.encode()
     return lambda ids: data[n] if (n := reply_of(ids)) < len(data) else END
+
+
+def engine_of(checkpoint: Checkpoint, *, slots: int | None = None, **options: Any) -> Engine:
+    """An engine with so many slots; it is not started."""
+    runner = runner_for(checkpoint.model, checkpoint.context_length, max_concurrent=slots)
+    assert isinstance(runner, ModelRunner), "the fake model fits the slot cache"
+    return Engine(checkpoint, runner=runner, **options)
 
 
 def fake_checkpoint(next_id: Callable[[list[int]], int], context_length: int = 512) -> Checkpoint:
@@ -107,6 +140,8 @@ class Gate:
         self.arrived = threading.Semaphore(0)  # released as each computation begins
 
     def __call__(self, ids: list[int]) -> int:
+        if not is_complete_prompt(ids):
+            return END
         self.arrived.release()
         assert self.permits.acquire(timeout=60), "nobody let the model go on"
         self.computed += 1

@@ -1,20 +1,28 @@
 """Who is served when, and what happens to the others when one leaves or fails."""
 
+import contextlib
+import copy
+import random
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from fakes import Gate, fake_checkpoint, says
+import torch
+from conftest import tiny_llama
+from fakes import Gate, byte_tokenizer, engine_of, fake_checkpoint, says
 
+from stream_generator.checkpoint import Checkpoint
 from stream_generator.engine import Engine
 from stream_generator.errors import (
+    CheckpointError,
     DuplicateRequest,
     EngineClosed,
     GenerationFailed,
     PromptTooLong,
     QueueFull,
 )
+from stream_generator.model_runner import runner_for
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.sequence import FinishReason, QueuePosition, TokenOutput
 from stream_generator.token_stream import TokenStream
@@ -41,8 +49,8 @@ def text(stream: TokenStream) -> str:
 
 @pytest.fixture
 def engine() -> Engine:
-    """One that the test steps itself."""
-    return Engine(fake_checkpoint(says("abc")), max_waiting=3)
+    """One that the test steps itself, and that serves one request at a time."""
+    return engine_of(fake_checkpoint(says("abc")), slots=1, max_waiting=3)
 
 
 @pytest.fixture
@@ -51,7 +59,7 @@ def start() -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
     def start_one(next_id: Any, **options: Any) -> Engine:
-        engines.append(Engine(fake_checkpoint(next_id), **options).start())
+        engines.append(engine_of(fake_checkpoint(next_id), **{"slots": 4, **options}).start())
         return engines[-1]
 
     yield start_one
@@ -59,7 +67,9 @@ def start() -> Iterator[Callable[..., Engine]]:
         one.close()
 
 
-def test_requests_are_served_whole_and_in_the_order_they_came(engine: Engine) -> None:
+def test_with_one_slot_requests_are_served_whole_and_in_the_order_they_came(
+    engine: Engine,
+) -> None:
     streams = [submit(engine) for _ in range(3)]
     seen = []
     while engine.step():
@@ -92,11 +102,12 @@ def test_those_who_wait_are_told_their_place(engine: Engine) -> None:
 def test_one_more_than_the_queue_holds_is_refused_and_a_place_that_frees_is_given(
     engine: Engine,
 ) -> None:
-    streams = [submit(engine) for _ in range(3)]
-    with pytest.raises(QueueFull, match="3 requests are waiting"):
+    streams = [submit(engine) for _ in range(4)]  # one slot, three places to wait
+    with pytest.raises(QueueFull, match="4 requests are waiting"):
         submit(engine)
     engine.step()
-    streams.append(submit(engine))
+    with pytest.raises(QueueFull, match="3 requests are waiting"):
+        submit(engine)
     streams[1].close()
     engine.step()
     submit(engine)
@@ -141,14 +152,15 @@ def test_a_reader_who_leaves_in_mid_reply_makes_room_for_the_next(engine: Engine
     assert first.sequence.finish_reason is FinishReason.ABORT
 
 
+@pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("step", range(4))
-def test_a_request_that_fails_fails_alone_and_says_so(step: int) -> None:
+def test_a_request_that_fails_fails_alone_and_says_so(step: int, slots: int) -> None:
     def next_id(ids: list[int]) -> int:
         if ids[:1] == [7] and len(ids) == 1 + len(PROMPT) + step:
             raise RuntimeError("secret path /home")
         return says("abc")(ids)
 
-    engine = Engine(fake_checkpoint(next_id))
+    engine = engine_of(fake_checkpoint(next_id), slots=slots)
     bad = engine.submit([7, *PROMPT], SamplingParams())
     good = submit(engine)
     while engine.step():
@@ -239,7 +251,7 @@ def test_clear_runs_between_two_steps_and_returns(start: Any) -> None:
 
 
 def test_submits_from_many_threads_never_exceed_the_queue_and_lose_nothing() -> None:
-    engine = Engine(fake_checkpoint(says("a")), max_waiting=10)
+    engine = engine_of(fake_checkpoint(says("a")), slots=4, max_waiting=6)
     admitted: list[TokenStream] = []
     refused: list[QueueFull] = []
 
@@ -259,3 +271,194 @@ def test_submits_from_many_threads_never_exceed_the_queue_and_lose_nothing() -> 
     while engine.step():
         pass
     assert [stream.sequence.text for stream in admitted] == ["a"] * 10
+
+
+# Many at once
+
+
+def test_requests_side_by_side_get_a_token_each_in_every_step() -> None:
+    engine = engine_of(fake_checkpoint(says("abc")), slots=3)
+    streams = [submit(engine) for _ in range(3)]
+    for _ in range(3):
+        engine.step()  # a prompt a step, and a token for each of the others
+    assert [s.sequence.text for s in streams] == ["abc", "ab", "a"]
+    engine.step()
+    assert [s.sequence.text for s in streams] == ["abc", "abc", "ab"]
+
+
+def test_one_joins_and_one_leaves_between_any_two_steps() -> None:
+    engine = engine_of(fake_checkpoint(says("abc")), slots=2)
+    first = submit(engine)
+    engine.step()
+    second, third = submit(engine), submit(engine)
+    assert drain(third) == [QueuePosition(1)]
+    engine.step()
+    assert (first.sequence.text, second.sequence.text) == ("ab", "a")
+    first.close()
+    engine.step()
+    assert first.sequence.text == "ab"
+    assert (second.sequence.text, third.sequence.text) == ("ab", "a")
+
+
+def test_a_long_prompt_comes_in_chunks_and_the_others_go_on() -> None:
+    engine = engine_of(fake_checkpoint(says("x" * 50), context_length=2000), slots=2)
+    first = submit(engine)
+    engine.step()
+    long = engine.submit([1] * 900 + PROMPT, SamplingParams())
+    steps = 0
+    while not long.sequence.is_prefilled:
+        before = len(first.sequence.output_ids)
+        engine.step()
+        steps += 1
+        assert len(first.sequence.output_ids) == before + 1
+    assert steps > 1
+    long.close()
+    engine.step()
+    assert long.sequence.finish_reason is FinishReason.ABORT
+
+
+@pytest.mark.parametrize("when", ["in the prompt", "decoding"])
+def test_a_slot_that_is_left_is_free_after_the_step(when: str) -> None:
+    engine = engine_of(fake_checkpoint(says("x" * 50), context_length=2000), slots=1)
+    stream = engine.submit([1] * 900 + PROMPT, SamplingParams())
+    engine.step()
+    if when == "decoding":
+        while not stream.sequence.is_prefilled:
+            engine.step()
+    stream.close()
+    engine.step()
+    assert engine._prefixes.free == 1
+    assert stream.sequence.finish_reason is FinishReason.ABORT
+
+
+def test_a_thousand_who_come_and_go_at_random_leave_nothing_behind() -> None:
+    rng = random.Random(0)
+    engine = engine_of(fake_checkpoint(says("abcdef")), slots=4, max_waiting=20)
+    threads = threading.active_count()
+    open_streams: list[TokenStream] = []
+    ended: list[TokenStream] = []
+    while len(ended) < 1000:
+        if rng.random() < 0.6:
+            with contextlib.suppress(QueueFull):
+                prompt = [rng.randrange(32, 99) for _ in range(rng.randrange(60))] + PROMPT
+                open_streams.append(engine.submit(prompt, SamplingParams()))
+        if open_streams and rng.random() < 0.3:
+            rng.choice(open_streams).close()
+        engine.step()
+        ended += [s for s in open_streams if s.sequence.finish_reason]
+        open_streams = [s for s in open_streams if not s.sequence.finish_reason]
+    while engine.step():
+        pass
+    assert engine._prefixes.free == 4
+    assert not engine._streams
+    assert not engine._scheduler.running
+    assert not engine._scheduler.waiting
+    assert threading.active_count() == threads
+    for stream in ended:
+        if stream.sequence.finish_reason is FinishReason.STOP:
+            assert stream.sequence.text == "abcdef"
+        else:
+            assert stream.sequence.finish_reason is FinishReason.ABORT
+            assert "abcdef".startswith(stream.sequence.text)
+
+
+class Failing:
+    """Raises `error` in forwards that hold a row for which `hits` is true."""
+
+    def __init__(self, error: BaseException, hits: Callable[[list[int]], bool]):
+        self.error = error
+        self.hits = hits
+
+    def __call__(self, ids: list[int]) -> int:
+        if self.hits(ids):
+            raise self.error
+        return says("abc")(ids)
+
+
+def test_when_memory_is_short_the_newest_request_goes_and_the_others_go_on() -> None:
+    shortage: list[bool] = []
+
+    def hits(ids: list[int]) -> bool:
+        return bool(shortage and shortage.pop())
+
+    error = torch.OutOfMemoryError("CUDA out of memory, at 0x7f")
+    engine = engine_of(fake_checkpoint(Failing(error, hits)), slots=3)
+    streams = [submit(engine) for _ in range(3)]
+    for _ in range(3):
+        engine.step()
+    shortage.append(True)
+    while engine.step():
+        pass
+    with pytest.raises(GenerationFailed, match="out of memory; shorten"):
+        text(streams[-1])
+    assert [text(s) for s in streams[:-1]] == ["abc", "abc"]
+
+
+def test_a_failure_of_the_whole_step_that_passes_loses_nobody() -> None:
+    """What fails together and works alone is nobody's own fault."""
+    trouble = iter([True])
+
+    def hits(ids: list[int]) -> bool:
+        return bytes(ids[-1:]) == b"b" and next(trouble, False)
+
+    engine = engine_of(fake_checkpoint(Failing(RuntimeError("once"), hits)), slots=3)
+    streams = [submit(engine) for _ in range(3)]
+    while engine.step():
+        pass
+    assert [text(s) for s in streams] == ["abc"] * 3
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_nan_in_one_row_fails_it_alone_and_poisons_no_slot(step: int) -> None:
+    """With a real attention: 0 times NaN is NaN, so what a failed row has left must be wiped."""
+    model = tiny_llama(vocab_size=258)
+    untouched = copy.deepcopy(model)
+    checkpoint = Checkpoint.of(model, byte_tokenizer())
+    engine = Engine(checkpoint, runner=runner_for(model, 256, max_concurrent=2))
+    params = SamplingParams(temperature=0, max_new_tokens=12)
+    bad = engine.submit([200] * 9, params)
+    good = engine.submit([7, 8, 9], params)
+
+    def poison(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        """Spoil the row that stands in slot 0 while the bad request has it."""
+        rows = engine._runner._cache.layers[0].rows
+        hit = bad.sequence.finish_reason is None and len(bad.sequence.output_ids) >= step
+        if hit and 0 in rows.slots:
+            output = output.clone()
+            output[rows.slots.index(0)] = torch.nan
+        return output
+
+    handle = model.model.layers[0].register_forward_hook(poison)
+    while engine.step():
+        pass
+    handle.remove()
+    with pytest.raises(GenerationFailed, match="NaN"):
+        text(bad)
+    expected = untouched.generate(torch.tensor([[7, 8, 9]]), do_sample=False, max_new_tokens=12)
+    assert good.sequence.output_ids == expected[0, 3:].tolist()
+    after = engine.submit([7, 8, 9], params)
+    beside = engine.submit([5] * 40, params)
+    while engine.step():
+        pass
+    assert after.sequence.output_ids == expected[0, 3:].tolist()
+    assert beside.sequence.finish_reason is FinishReason.LENGTH
+
+
+def test_what_the_memory_does_not_hold_is_refused_with_the_numbers() -> None:
+    with pytest.raises(CheckpointError, match=r"GB for keys and values, but .* are free; lower"):
+        runner_for(tiny_llama(max_position_embeddings=10**7), 10**7, max_concurrent=10**6)
+
+
+def test_slots_follow_from_what_is_asked_for() -> None:
+    model = tiny_llama(vocab_size=258)
+    runner = runner_for(model, 256, max_concurrent=5, max_context=100)
+    assert (runner.slots, runner.context_length) == (5, 100)
+    assert "up to 5 requests at a time of up to 100 tokens" in runner.describe()
+    engine = Engine(Checkpoint.of(model, byte_tokenizer()), runner=runner)
+    with pytest.raises(PromptTooLong, match="context holds 100"):
+        engine.submit([1] * 100, SamplingParams())
+    stream = engine.submit([1] * 95, SamplingParams())
+    while engine.step():
+        pass
+    assert stream.sequence.finish_reason is FinishReason.LENGTH
+    assert len(stream.sequence.output_ids) == 5

@@ -1,15 +1,29 @@
-"""The one draw of the project, and the count penalties."""
+"""The one draw of the project, the count penalties, and all rows of a step."""
 
+import dataclasses
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from fakes import fake_checkpoint, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_generator.errors import GenerationFailed
-from stream_generator.sampler import CountPenalty, check_scores, draw, generator_for, uniform
+from stream_generator.sampler import (
+    CountPenalty,
+    check_scores,
+    draw,
+    generator_for,
+    history_processors,
+    sample,
+    uniform,
+    warpers,
+)
+from stream_generator.sampling_params import SamplingParams
+from stream_generator.sequence import Sequence
 
 LARGEST_UNIFORM = 1 - 2**-53
 
@@ -89,4 +103,87 @@ def test_count_penalties_follow_openais_formula_on_generated_ids_only(
     out = CountPenalty(frequency, presence, len(prompt))(ids, scores)
     for j in range(10):
         count = generated.count(j)
-        assert float(out[0, j]) == pytest.approx(-count * frequency - (count > 0) * presence)
+        assert float(out[0, j]) == pytest.approx(
+            -count * frequency - (count > 0) * presence, abs=1e-4
+        )
+
+
+# All rows of a step at once
+
+
+CHECKPOINT = dataclasses.replace(fake_checkpoint(says("")), vocab_size=400)
+
+
+def sequences_of(*params: dict[str, Any]) -> list[Sequence]:
+    return [
+        CHECKPOINT.new_sequence([1, 2, 3, 2], SamplingParams(**p), request_id="x") for p in params
+    ]
+
+
+def one_by_one(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    """The plain reading: transformers' own processors, then the draw over the whole vocabulary."""
+    ids = []
+    for row, sequence in enumerate(sequences):
+        scores = logits[row : row + 1].clone()
+        if (processors := history_processors(sequence, scores.device)) is not None:
+            scores = processors(torch.tensor([sequence.all_ids]), scores)
+        if sequence.params.greedy:
+            ids.append(int(scores.argmax()))
+            continue
+        scores = warpers(sequence)(None, scores)
+        number = uniform(generator_for(sequence.params.seed or 0))
+        ids.append(int(draw(scores, torch.tensor([number], dtype=torch.float64))))
+    return ids
+
+
+filters = st.fixed_dictionaries(
+    {"seed": st.integers(0, 2**32)},
+    optional={
+        "temperature": st.sampled_from([0, 0.3, 1.0, 1.7, 5.0]),
+        "top_k": st.sampled_from([0, 1, 2, 7, 255, 256, 257, 399]),
+        "top_p": st.sampled_from([0.01, 0.3, 0.9, 0.999, 1.0]),
+        "min_p": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+        "typical_p": st.sampled_from([0.2, 0.9, 1.0]),
+        "repetition_penalty": st.sampled_from([0.8, 1.2]),
+        "no_repeat_ngram_size": st.just(2),
+        "logit_bias": st.just({7: 5.0, 2: -3.0}),
+        "frequency_penalty": st.just(0.5),
+    },
+)
+
+
+@given(st.lists(filters, min_size=1, max_size=8), st.integers(0, 2**16), st.booleans())
+@settings(deadline=None, max_examples=200)
+def test_rows_together_give_the_ids_that_transformers_processors_and_the_draw_give_each(
+    params: list[dict[str, Any]], seed: int, ties: bool
+) -> None:
+    if ties:  # of equal scores, top-p keeps whichever a sort has put first
+        params = [p if p.get("temperature") == 0 else p | {"top_p": 1.0} for p in params]
+    sequences = sequences_of(*params)
+    torch.manual_seed(seed)
+    logits = torch.randn(len(params), 400) * 3
+    if ties:
+        logits = logits.round()  # many ids share a score, at the edge of top-k too
+    expected = one_by_one(logits, sequences)
+    assert sample(logits.clone(), sequences) == expected
+
+
+def test_a_row_that_is_not_finite_fails_alone() -> None:
+    settings_of_rows = [{"temperature": 0}, {"seed": 1}, {"top_k": 5, "seed": 1}, {"seed": 2}]
+    sequences = sequences_of(*settings_of_rows)
+    logits = torch.randn(4, 400)
+    expected = one_by_one(logits, sequences)
+    logits[1, 17], logits[2, 5] = math.nan, math.inf
+    first, second, third, fourth = sample(logits, sequences_of(*settings_of_rows))
+    assert [first, fourth] == [expected[0], expected[3]]
+    assert isinstance(second, GenerationFailed)
+    assert isinstance(third, GenerationFailed)
+
+
+def test_the_end_ids_wait_for_the_least_length() -> None:
+    (sequence,) = sequences_of({"min_new_tokens": 2, "temperature": 0, "stop_token_ids": [9]})
+    logits = torch.zeros(1, 400)
+    logits[0, 9], logits[0, 8] = 5.0, 4.0
+    assert sample(logits.clone(), [sequence]) == [8]
+    sequence.output_ids += [8, 8]
+    assert sample(logits.clone(), [sequence]) == [9]

@@ -99,6 +99,7 @@ def test_events_come_in_order_and_joined_deltas_are_the_response(
     }
     assert [d["delta"] for d in deltas] == ["", "", "虹", "!"]
     assert not any(d["finished"] for d in deltas)
+    assert [d.get("cached_tokens") for d in deltas] == [0, None, None, None]
     assert end["finished"] is True
     assert end["response"] == "虹!"
     assert end["history"] == [["a", "b"], ["hi", "虹!"]]
@@ -143,7 +144,7 @@ def test_a_waiting_stream_hears_its_place_and_keeps_the_connection_alive(
 ) -> None:
     monkeypatch.setattr("stream_service.wire.HEARTBEAT_SECONDS", 0.01)
     gate = Gate(says("a"))
-    url = serve(fake_checkpoint(gate)).url
+    url = serve(fake_checkpoint(gate), slots=1).url
     first = threading.Thread(target=post, args=(url, "/chat"))
     first.start()
     assert gate.arrived.acquire(timeout=TIMEOUT)
@@ -188,7 +189,7 @@ def test_a_client_that_goes_away_while_it_waits_is_never_computed(
     serve: ServiceFactory, path: str
 ) -> None:
     gate = Gate(says("ab"))
-    service = serve(fake_checkpoint(gate))
+    service = serve(fake_checkpoint(gate), slots=1)
     first = threading.Thread(target=post, args=(service.url, "/chat"))
     first.start()
     assert gate.arrived.acquire(timeout=TIMEOUT)
@@ -273,7 +274,7 @@ def test_a_failure_in_mid_stream_never_looks_like_an_end(serve: ServiceFactory) 
 
 def test_one_more_than_the_queue_holds_gets_429(serve: ServiceFactory) -> None:
     gate = Gate(says("a"))
-    service = serve(fake_checkpoint(gate), max_waiting=1)
+    service = serve(fake_checkpoint(gate), max_waiting=1, slots=1)
     threads = []
     for waiting in range(2):
         threads.append(threading.Thread(target=post, args=(service.url, "/chat")))
@@ -281,7 +282,7 @@ def test_one_more_than_the_queue_holds_gets_429(serve: ServiceFactory) -> None:
         if not waiting:
             assert gate.arrived.acquire(timeout=TIMEOUT)
     with service.engine._changed:
-        assert service.engine._changed.wait_for(lambda: service.engine._waiting, TIMEOUT)
+        assert service.engine._changed.wait_for(lambda: service.engine._scheduler.waiting, TIMEOUT)
     for accept in FORMS:
         refused = post(service.url, accept=accept)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")

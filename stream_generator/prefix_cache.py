@@ -1,0 +1,95 @@
+"""Which slot a sequence gets, and how much of its prompt is computed there already. No torch.
+
+What a sequence has computed stays in its slot after it ends, until another one needs the slot. A
+new prompt that begins like one of these, or like one that still runs, starts from its keys and
+values. With a few dozen slots a comparison with each is all it takes.
+"""
+
+import itertools
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass, field
+
+from stream_generator.sequence import Sequence
+
+
+@dataclass
+class Slot:
+    """One row of the cache: the ids whose keys and values it holds, and who writes into it."""
+
+    index: int
+    owner: Sequence | None = None
+    kept: list[int] = field(default_factory=list)  # of the last owner
+    last_used: int = 0
+
+    def ids(self) -> Ids[int]:
+        """The ids that are computed in this slot."""
+        if self.owner is None:
+            return self.kept
+        return self.owner.all_ids[: self.owner.computed]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Slot `slot` for a sequence; `length` of its prompt ids are in slot `source` already."""
+
+    slot: int
+    source: int
+    length: int
+
+
+class PrefixCache:
+    """Gives out slots, the least recently used first, and finds the longest computed prefix."""
+
+    def __init__(self, slots: int):
+        self._slots = [Slot(index) for index in range(slots)]
+        self._clock = itertools.count(1)
+
+    def place(self, sequence: Sequence) -> Placement | None:
+        """A free slot for `sequence`, which owns it from now on; None if there is none.
+
+        At least the prompt's last id is left to compute: its logits give the first new id.
+        """
+        free = [slot for slot in self._slots if slot.owner is None]
+        if not free:
+            return None
+        wanted = sequence.prompt_ids[:-1]
+        lengths = {s.index: common_prefix(s.ids(), wanted) for s in self._slots}
+        best = max(self._slots, key=lambda s: (lengths[s.index], s.owner is None, s.last_used))
+        length = lengths[best.index]
+        if best.owner is None and length and length == len(best.kept):
+            slot = best  # it only goes on: nothing is lost by taking it over
+        else:
+            slot = min(free, key=lambda s: (s.last_used, s.index))
+        slot.owner, slot.kept, slot.last_used = sequence, [], next(self._clock)
+        return Placement(slot.index, best.index, length)
+
+    def release(self, sequence: Sequence, *, keep: bool = True) -> None:
+        """Take the slot back; what it holds stays there for others, unless it can't be trusted."""
+        for slot in self._slots:
+            if slot.owner is sequence:
+                slot.kept = list(slot.ids()) if keep else []
+                slot.owner, slot.last_used = None, next(self._clock)
+
+    def clear(self) -> None:
+        """Forget what ended sequences have left."""
+        for slot in self._slots:
+            slot.kept = []
+
+    @property
+    def free(self) -> int:
+        return sum(slot.owner is None for slot in self._slots)
+
+
+def common_prefix(a: Ids[int], b: Ids[int]) -> int:
+    """How many ids `a` and `b` begin with in common.
+
+    By bisection on slices, which Python compares at the speed of C.
+    """
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,97 @@
+"""Who runs in the next step: oldest first, under a budget of time. No torch here."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from stream_generator.sequence import Sequence
+
+FIRST_CHUNK = 64  # prompt tokens in a step, before anything has been measured
+SMALLEST_CHUNK = 16  # less would waste most of a forward, and starve the prompt
+LARGEST_CHUNK = 512  # more would make those who leave wait for it
+SMOOTHING = 0.2  # weight of the newest measurement
+
+
+@dataclass
+class Plan:
+    """One step: a token for each of `decode`, and `chunk` more prompt tokens of `prefill`."""
+
+    decode: list[Sequence] = field(default_factory=list)
+    prefill: Sequence | None = None
+    chunk: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.decode and self.prefill is None
+
+
+class Pace:
+    """How fast steps have been lately, and how long a prompt's chunk may therefore be."""
+
+    def __init__(self) -> None:
+        self._decode_seconds: float | None = None
+        self._seconds_per_prompt_token: float | None = None
+
+    def record_decode(self, seconds: float) -> None:
+        self._decode_seconds = _smoothed(self._decode_seconds, seconds)
+
+    def record_prefill(self, seconds: float, tokens: int) -> None:
+        self._seconds_per_prompt_token = _smoothed(self._seconds_per_prompt_token, seconds / tokens)
+
+    def chunk(self, others_decode: bool) -> int:
+        """Prompt tokens for the next step.
+
+        Beside running streams, as many as take about the time of one decode: so that a step
+        takes at most about twice their current gap.
+        """
+        if not others_decode:
+            return LARGEST_CHUNK
+        if not self._decode_seconds or not self._seconds_per_prompt_token:
+            return FIRST_CHUNK
+        fitting = int(self._decode_seconds / self._seconds_per_prompt_token)
+        return min(max(fitting, SMALLEST_CHUNK), LARGEST_CHUNK)
+
+
+class Scheduler:
+    """Keeps the order: requests wait, are admitted to a slot, have their prompt computed, decode.
+
+    Every running sequence past its prompt decodes in every step, and the oldest unfinished
+    prompt gets a chunk in every step: neither starves the other.
+    """
+
+    def __init__(self, pace: Pace | None = None) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.pace = pace or Pace()
+
+    def add(self, sequence: Sequence) -> None:
+        """Let it wait behind all the others."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget it, wherever it stands."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def admit(self, place: Callable[[Sequence], bool]) -> list[Sequence]:
+        """Start waiting sequences, oldest first, as long as `place` finds room; return them."""
+        admitted = []
+        while self.waiting and place(self.waiting[0]):
+            admitted.append(self.waiting.popleft())
+        self.running += admitted
+        return admitted
+
+    def plan(self) -> Plan:
+        """What the next step computes."""
+        decode = [s for s in self.running if s.is_prefilled]
+        prefill = next((s for s in self.running if not s.is_prefilled), None)
+        if prefill is None:
+            return Plan(decode)
+        left = len(prefill.prompt_ids) - prefill.computed
+        return Plan(decode, prefill, min(left, self.pace.chunk(bool(decode))))
+
+
+def _smoothed(old: float | None, new: float) -> float:
+    return new if old is None else old + SMOOTHING * (new - old)

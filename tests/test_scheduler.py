@@ -1,0 +1,127 @@
+"""The scheduler's laws, with no model: nothing lost or served twice, order and budget kept."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from fakes import fake_checkpoint, says
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from stream_generator.sampling_params import SamplingParams
+from stream_generator.scheduler import (
+    FIRST_CHUNK,
+    LARGEST_CHUNK,
+    SMALLEST_CHUNK,
+    Pace,
+    Scheduler,
+)
+from stream_generator.sequence import Sequence
+
+CHECKPOINT = fake_checkpoint(says(""), context_length=5000)
+
+
+def new_sequence(name: str, prompt: int) -> Sequence:
+    return CHECKPOINT.new_sequence([1] * prompt, SamplingParams(), request_id=name)
+
+
+class Requests(RuleBasedStateMachine):
+    """Submissions, aborts, faults and steps, in any order, against a runner that only counts."""
+
+    @initialize(slots=st.integers(1, 5))
+    def begin(self, slots: int) -> None:
+        self.scheduler = Scheduler()
+        self.free = slots
+        self.submitted: list[Sequence] = []
+        self.admitted: list[Sequence] = []
+        self.gone: set[str] = set()
+        self.computed: Counter[str] = Counter()
+
+    @rule(prompt=st.integers(1, 1500))
+    def submit(self, prompt: int) -> None:
+        sequence = new_sequence(str(len(self.submitted)), prompt)
+        self.submitted.append(sequence)
+        self.scheduler.add(sequence)
+
+    @rule(data=st.data())
+    def leave(self, data: Any) -> None:
+        """Someone finishes, fails or goes away: waiting, in a prompt, or decoding."""
+        present = [s for s in self.submitted if s.id not in self.gone]
+        if present:
+            sequence = data.draw(st.sampled_from(present))
+            self.free += sequence in self.scheduler.running
+            self.scheduler.remove(sequence)
+            self.gone.add(sequence.id)
+
+    def place(self, sequence: Sequence) -> bool:
+        if self.free:
+            self.free -= 1
+            sequence.start(slot=0, cached=0)
+            return True
+        return False
+
+    @rule(decode_ms=st.integers(1, 200), prompt_token_us=st.integers(10, 10_000))
+    def step(self, decode_ms: int, prompt_token_us: int) -> None:
+        self.admitted += self.scheduler.admit(self.place)
+        plan = self.scheduler.plan()
+        everyone = [*plan.decode, *([plan.prefill] if plan.prefill else [])]
+        assert len({s.id for s in everyone}) == len(everyone), "served twice in a step"
+        assert all(s.is_prefilled for s in plan.decode)
+        decoding = [s for s in self.scheduler.running if s.is_prefilled]
+        assert plan.decode == decoding, "whoever has a prompt computed decodes in every step"
+        unfinished = [s for s in self.scheduler.running if not s.is_prefilled]
+        assert plan.prefill is (unfinished[0] if unfinished else None), "the oldest prompt first"
+        if plan.prefill:
+            left = len(plan.prefill.prompt_ids) - plan.prefill.computed
+            assert min(left, SMALLEST_CHUNK) <= plan.chunk <= min(left, LARGEST_CHUNK)
+            plan.prefill.computed += plan.chunk
+            self.scheduler.pace.record_prefill(prompt_token_us * 1e-6 * plan.chunk, plan.chunk)
+        if plan.decode:
+            self.scheduler.pace.record_decode(decode_ms * 1e-3)
+        for sequence in plan.decode:
+            sequence.computed += 1
+            self.computed[sequence.id] += 1
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        present = {s.id for s in [*self.scheduler.waiting, *self.scheduler.running]}
+        assert present == {s.id for s in self.submitted} - self.gone
+        assert len(present) == len(self.scheduler.waiting) + len(self.scheduler.running)
+
+    @invariant()
+    def the_order_is_kept(self) -> None:
+        assert [int(s.id) for s in self.admitted] == sorted(int(s.id) for s in self.admitted)
+        assert list(self.scheduler.waiting) == [
+            s for s in self.submitted if s.id not in self.gone and s not in self.admitted
+        ]
+
+    @invariant()
+    def no_slot_stays_empty_while_someone_could_have_it(self) -> None:
+        assert self.free >= 0
+
+
+TestRequests = Requests.TestCase
+TestRequests.settings = settings(deadline=None, max_examples=150, stateful_step_count=60)
+
+
+def test_a_prompt_alone_goes_in_large_chunks() -> None:
+    assert Pace().chunk(others_decode=False) == LARGEST_CHUNK
+
+
+def test_before_anything_is_measured_a_chunk_is_small() -> None:
+    assert Pace().chunk(others_decode=True) == FIRST_CHUNK
+
+
+@pytest.mark.parametrize(
+    ("decode", "per_token", "chunk"),
+    [(0.05, 0.001, 50), (0.05, 0.02, SMALLEST_CHUNK), (1.0, 0.0001, LARGEST_CHUNK)],
+)
+def test_beside_others_a_chunk_takes_about_as_long_as_their_step(
+    decode: float, per_token: float, chunk: int
+) -> None:
+    pace = Pace()
+    for _ in range(50):
+        pace.record_decode(decode)
+        pace.record_prefill(per_token * 100, 100)
+    assert abs(pace.chunk(others_decode=True) - chunk) <= 1

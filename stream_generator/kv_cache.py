@@ -6,10 +6,10 @@ sequence. Memory is reserved once; an operating system gives it page by page, as
 """
 
 import math
+import mmap
 from dataclasses import dataclass
 from functools import lru_cache
 
-import numpy
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -131,13 +131,16 @@ class SlotCache(Cache):  # type: ignore[misc]
 def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """Zeros of the dtype and device of `like`.
 
-    On the CPU by numpy, which leaves it to the operating system to make a page when it is first
-    written: torch.zeros would write, and so occupy, all of it now.
+    On the CPU the operating system is to make each page when it is first written: torch.zeros would
+    write, and so occupy, all of it now. Small pages: a new token touches a place in every head of
+    every layer, and huge pages would make 2 MB of each.
     """
     if like.device.type != "cpu":
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    size = math.prod(shape) * like.element_size()
-    return torch.from_numpy(numpy.zeros(size, dtype=numpy.uint8)).view(like.dtype).view(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 @lru_cache(maxsize=8)  # one step asks for the same rows in every layer

@@ -56,10 +56,11 @@ def main() -> None:
         system: {f"{value} {kind}": [] for kind, value in loads} for system in args.systems
     }
     for number in range(args.rounds):
-        for system in args.systems:
-            with Service(system) as service:
-                service.ask(Request("Hello.", 4))  # warm up
-                for kind, value in loads:
+        for kind, value in loads:
+            for system in args.systems:
+                # A service of its own for each: what an earlier load has left must not count.
+                with Service(system) as service:
+                    service.ask(Request("Hello.", 4))  # warm up
                     load = Load(service, args, random.Random(number))
                     load.run_open(value) if kind == "rate" else load.run_closed(int(value))
                     result = load.figures()

@@ -17,6 +17,7 @@ from stream_generator.errors import (
     DuplicateRequest,
     EngineClosed,
     GenerationFailed,
+    InvalidRequest,
     QueueFull,
 )
 from stream_generator.model_runner import Runner, runner_for
@@ -24,7 +25,13 @@ from stream_generator.prefix_cache import PrefixCache
 from stream_generator.sampler import Sampled
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.scheduler import Plan, Scheduler
-from stream_generator.sequence import FinishReason, QueuePosition, Sequence, TokenOutput
+from stream_generator.sequence import (
+    Choice,
+    FinishReason,
+    QueuePosition,
+    Sequence,
+    TokenOutput,
+)
 from stream_generator.token_stream import TokenStream
 
 logger = logging.getLogger(__name__)
@@ -61,6 +68,12 @@ class Engine:
         Raises `PromptTooLong` or `InvalidRequest` for what can't be served, `QueueFull`,
         `EngineClosed` or `DuplicateRequest` for what can't be served now.
         """
+        if params.logprobs is not None and not self._runner.has_logprobs:
+            raise InvalidRequest(
+                "this model runs one request at a time and tells no log-probabilities; leave "
+                "logprobs out",
+                param="logprobs",
+            )
         sequence = self.checkpoint.new_sequence(
             prompt_ids, params, request_id=request_id or uuid.uuid4().hex
         )
@@ -97,9 +110,10 @@ class Engine:
         """
         self._drop_aborted()
         self._admit()
+        self._reuse_prefix()
         plan = self._scheduler.plan()
         for sequence, sampled in self._compute(plan):
-            if isinstance(sampled, int):
+            if isinstance(sampled, Choice):
                 self._deliver(sequence, sequence.take(sampled))
             else:
                 self._deliver(sequence, sequence.fail(str(sampled)))
@@ -163,6 +177,19 @@ class Engine:
             self._runner.copy_prefix(placement.source, placement.slot, placement.length)
         sequence.start(placement.slot, placement.length)
         return True
+
+    def _reuse_prefix(self) -> None:
+        """Before a prompt begins, look again: a neighbour may have computed its beginning since.
+
+        So requests that arrive together with one prompt, or one system prompt, compute it once.
+        """
+        sequence = self._scheduler.next_prompt()
+        if sequence is None or sequence.computed > sequence.cached_tokens:
+            return
+        source, length = self._prefixes.longest(sequence)
+        if length > sequence.computed and sequence.slot is not None:
+            self._runner.copy_prefix(source, sequence.slot, length)
+            sequence.computed = sequence.cached_tokens = length
 
     def _compute(self, plan: Plan) -> list[tuple[Sequence, Sampled]]:
         """The new ids of a step: of those who decode, and of a prompt that is complete."""

@@ -30,7 +30,7 @@ from stream_generator.checkpoint import Checkpoint
 from stream_generator.errors import InvalidRequest
 from stream_generator.sampler import CountPenalty, check_scores, draw, generator_for, uniform
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.sequence import Sequence, TokenOutput
+from stream_generator.sequence import Choice, Sequence, TokenOutput
 
 # Outputs of a forward that the next one needs, by the names that model families give them.
 _CACHES = ("past_key_values", "cache_params")
@@ -190,10 +190,19 @@ def stream_generate(
 
 
 def stream_sequence(model: PreTrainedModel, sequence: Sequence) -> Iterator[TokenOutput]:
-    """Run one sequence alone, to its end: one output a step."""
+    """Run one sequence alone, to its end: one output a step.
+
+    Raises `InvalidRequest` if log-probabilities are asked for: `generate` has none to give.
+    """
+    if sequence.params.logprobs is not None:
+        raise InvalidRequest("logprobs need the engine; leave them out here", param="logprobs")
+    return _outputs(model, sequence)
+
+
+def _outputs(model: PreTrainedModel, sequence: Sequence) -> Iterator[TokenOutput]:
     with closing(stream_ids(model, sequence)) as ids:
         for token_id in ids:
-            output = sequence.take(token_id)
+            output = sequence.take(Choice(token_id))
             yield output
             if output.finish_reason is not None:
                 return

@@ -5,6 +5,7 @@
 `runner_for` finds out which one a model needs, by trying.
 """
 
+import inspect
 import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from stream_generator.errors import CheckpointError
 from stream_generator.generate import stream_ids
 from stream_generator.kv_cache import SlotCache, SlotRows, bytes_per_token, masks
 from stream_generator.sampler import Sampled, sample
-from stream_generator.sequence import Sequence
+from stream_generator.sequence import Choice, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Runner(Protocol):
     slots: int
     context_length: int
     keeps_prefixes: bool  # whether a slot's contents outlive its sequence
+    has_logprobs: bool  # whether it can tell the model's own distribution
 
     def describe(self) -> str:
         """How many requests of what length, and in how much memory, for a person."""
@@ -73,6 +75,7 @@ class ModelRunner:
     """Runs sequences side by side in the slots of one cache."""
 
     keeps_prefixes = True
+    has_logprobs = True
 
     def __init__(self, model: PreTrainedModel, filled: DynamicCache, slots: int, context: int):
         """filled: a cache that a forward of `model` has filled, for the shape of each layer."""
@@ -81,6 +84,8 @@ class ModelRunner:
         self._model: Any = model
         self._cache = SlotCache(filled, slots, context)
         self._windows = attention_windows(model)
+        accepted = inspect.signature(self._model.forward).parameters
+        self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._bytes = slots * context * bytes_per_token(filled)
 
     def describe(self) -> str:
@@ -131,7 +136,7 @@ class ModelRunner:
             attention_mask=masks(rows, self._windows, device),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
+            **self._options,
         )
         logits: torch.Tensor = outputs.logits[:, -1].to(torch.float32, copy=True)
         return logits
@@ -141,6 +146,7 @@ class SoloRunner:
     """Runs one sequence at a time through `generate`, with whatever cache the model likes."""
 
     keeps_prefixes = False
+    has_logprobs = False
 
     def __init__(self, model: PreTrainedModel, context_length: int):
         self.slots = 1
@@ -154,10 +160,10 @@ class SoloRunner:
     def prefill(self, sequence: Sequence, chunk: int) -> Sampled | None:
         self._steps = stream_ids(self._model, sequence)
         sequence.computed = len(sequence.prompt_ids)
-        return next(self._steps)
+        return Choice(next(self._steps))
 
     def decode(self, sequences: list[Sequence]) -> list[Sampled]:
-        return [next(self._steps)]
+        return [Choice(next(self._steps))]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         raise AssertionError("a sequence that runs alone keeps nothing for others")

@@ -52,16 +52,21 @@ class PrefixCache:
         free = [slot for slot in self._slots if slot.owner is None]
         if not free:
             return None
-        wanted = sequence.prompt_ids[:-1]
-        lengths = {s.index: common_prefix(s.ids(), wanted) for s in self._slots}
-        best = max(self._slots, key=lambda s: (lengths[s.index], s.owner is None, s.last_used))
-        length = lengths[best.index]
+        source, length = self.longest(sequence)
+        best = self._slots[source]
         if best.owner is None and length and length == len(best.kept):
             slot = best  # it only goes on: nothing is lost by taking it over
         else:
             slot = min(free, key=lambda s: (s.last_used, s.index))
         slot.owner, slot.kept, slot.last_used = sequence, [], next(self._clock)
-        return Placement(slot.index, best.index, length)
+        return Placement(slot.index, source, length)
+
+    def longest(self, sequence: Sequence) -> tuple[int, int]:
+        """The slot that has computed most of the prompt's beginning, and how many ids that is."""
+        wanted = sequence.prompt_ids[:-1]
+        lengths = {s.index: common_prefix(s.ids(), wanted) for s in self._slots}
+        best = max(self._slots, key=lambda s: (lengths[s.index], s.owner is None, s.last_used))
+        return best.index, lengths[best.index]
 
     def release(self, sequence: Sequence, *, keep: bool = True) -> None:
         """Take the slot back; what it holds stays there for others, unless it can't be trusted."""

@@ -21,7 +21,7 @@ from transformers import (
 
 from stream_generator.errors import GenerationFailed
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.sequence import Sequence
+from stream_generator.sequence import Choice, Sequence
 
 # Of a vocabulary of 50,000 to 130,000 ids, nearly always these hold all that top-p leaves; finding
 # them costs a tenth of sorting all.
@@ -32,7 +32,7 @@ NOT_FINITE = (
     "with a half-precision model, try another dtype"
 )
 
-Sampled = int | GenerationFailed
+Sampled = Choice | GenerationFailed
 
 
 def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -106,6 +106,7 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
     results come to the host in one transfer; a second one follows only for a row whose filter
     leaves more than the prefilter holds.
     """
+    own = logits.log_softmax(dim=-1) if any(_wants(s) >= 0 for s in sequences) else None
     for row, sequence in enumerate(sequences):
         if (processors := history_processors(sequence, logits.device)) is not None:
             ids = torch.tensor([sequence.all_ids], device=logits.device)
@@ -123,17 +124,36 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
         scores = logits[drawn] / torch.tensor(temperatures, device=logits.device)[:, None]
         ids, held = _draw_filtered(scores, [sequences[row] for row in drawn], numbers[drawn])
         chosen[drawn], certain[drawn] = ids, held
-    results = torch.stack([chosen, finite.long(), certain.long()]).tolist()
+    packed = [chosen[:, None], finite[:, None], certain[:, None]]
+    if own is not None:
+        packed += [own.gather(1, chosen[:, None]), *own.topk(max(map(_wants, sequences)))]
+    # Ids and flags are exact in float64, so that all of it fits into one transfer.
+    results = torch.cat([part.double() for part in packed], dim=1).tolist()
     sampled: list[Sampled] = []
-    for row, (token_id, is_finite, is_certain) in enumerate(zip(*results, strict=True)):
+    for row, (token_id, is_finite, is_certain, *logprobs) in enumerate(results):
         if not is_finite:
             sampled.append(GenerationFailed(NOT_FINITE))
-        elif is_certain:
-            sampled.append(token_id)
-        else:
+            continue
+        if not is_certain:
             scores = warpers(sequences[row])(None, logits[row : row + 1])
-            sampled.append(int(draw(scores, numbers[row : row + 1])))
+            token_id = int(draw(scores, numbers[row : row + 1]))
+            logprobs[:1] = own[row, token_id : token_id + 1].tolist() if own is not None else []
+        sampled.append(_choice(int(token_id), logprobs, _wants(sequences[row])))
     return sampled
+
+
+def _wants(sequence: Sequence) -> int:
+    """How many alternatives a sequence wants beside each id's log-probability; -1 for neither."""
+    return -1 if sequence.params.logprobs is None else sequence.params.logprobs
+
+
+def _choice(token_id: int, logprobs: list[float], wanted: int) -> Choice:
+    """logprobs: of the id itself, then the highest of all, then the ids of these."""
+    if wanted < 0:
+        return Choice(token_id)
+    own, count = logprobs[0], len(logprobs) // 2
+    best = zip(logprobs[1 + count :], logprobs[1 : 1 + count], strict=True)
+    return Choice(token_id, own, tuple((int(i), p) for i, p in best)[:wanted])
 
 
 def history_processors(sequence: Sequence, device: torch.device) -> LogitsProcessorList | None:

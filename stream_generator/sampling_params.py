@@ -47,6 +47,7 @@ class SamplingParams(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: tuple[StopString, ...] | None = Field(None, max_length=16)
     stop_token_ids: tuple[TokenId, ...] | None = Field(None, max_length=64)
+    logprobs: int | None = Field(None, ge=0, le=20, description="alternatives to tell for each id")
 
     @field_validator("stop", "stop_token_ids", mode="before")
     @classmethod

@@ -83,10 +83,14 @@ class Scheduler:
         self.running += admitted
         return admitted
 
+    def next_prompt(self) -> Sequence | None:
+        """The oldest running sequence whose prompt is not all computed."""
+        return next((s for s in self.running if not s.is_prefilled), None)
+
     def plan(self) -> Plan:
         """What the next step computes."""
         decode = [s for s in self.running if s.is_prefilled]
-        prefill = next((s for s in self.running if not s.is_prefilled), None)
+        prefill = self.next_prompt()
         if prefill is None:
             return Plan(decode)
         left = len(prefill.prompt_ids) - prefill.computed

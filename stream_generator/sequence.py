@@ -22,11 +22,24 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """The id that a step chose. If asked for: its log-probability and the likeliest ids' own, from
+    the model's own distribution, before any processor."""
+
+    token_id: int
+    logprob: float | None = None
+    alternatives: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """What one step added to a sequence. The last one of a sequence has a `finish_reason`."""
+    """What one step added to a sequence. The last one of a sequence has a `finish_reason`.
+
+    Without a `choice`, nothing was shown of what was chosen: an end id, or no step at all.
+    """
 
     delta: str
-    token_id: int | None = None
+    choice: Choice | None = None
     finish_reason: FinishReason | None = None
 
 
@@ -103,11 +116,12 @@ class Sequence:
         self.started_at = time.monotonic()
         self.slot, self.computed, self.cached_tokens = slot, cached, cached
 
-    def take(self, token_id: int) -> TokenOutput:
+    def take(self, choice: Choice) -> TokenOutput:
         """Take the id that was computed last. The one place that decides how a sequence ends.
 
         An end id ends it and is neither shown nor counted.
         """
+        token_id = choice.token_id
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
         if token_id in self.all_end_ids:
@@ -115,11 +129,11 @@ class Sequence:
         self.output_ids.append(token_id)
         delta, stopped = self._stop_strings.feed(self.detokenizer.decode(token_id))
         if stopped:
-            return self._end(FinishReason.STOP, token_id, delta, flush=False)
+            return self._end(FinishReason.STOP, choice, delta, flush=False)
         if self.is_full:
-            return self._end(FinishReason.LENGTH, token_id, delta)
+            return self._end(FinishReason.LENGTH, choice, delta)
         self.deltas.append(delta)
-        return TokenOutput(delta, token_id)
+        return TokenOutput(delta, choice)
 
     def abort(self) -> TokenOutput:
         """End it because nobody reads it any more."""
@@ -133,7 +147,7 @@ class Sequence:
     def _end(
         self,
         reason: FinishReason,
-        token_id: int | None = None,
+        choice: Choice | None = None,
         delta: str = "",
         *,
         flush: bool = True,
@@ -147,4 +161,4 @@ class Sequence:
         self.deltas.append(delta)
         self.finish_reason = reason
         self.finished_at = time.monotonic()
-        return TokenOutput(delta, token_id, reason)
+        return TokenOutput(delta, choice, reason)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stream_generator.errors import GenerationFailed
-from stream_generator.sequence import QueuePosition, Sequence
+from stream_generator.sequence import Choice, QueuePosition, Sequence
 from stream_generator.token_stream import TokenStream
 from stream_service.errors import answer
 
@@ -75,8 +75,9 @@ def events(
         elif isinstance(output, QueuePosition):
             yield {"event": "queue", "position": output.position}
         else:
-            if output.token_id is not None or output.delta:
+            if output.choice is not None or output.delta:
                 delta: Event = {"event": "delta", "delta": output.delta, "finished": False}
+                delta |= logprobs(output.choice)
                 if is_first:
                     delta["cached_tokens"] = stream.sequence.cached_tokens
                     is_first = False
@@ -84,6 +85,17 @@ def events(
             if output.finish_reason is not None:
                 yield end_event(stream.sequence, history_after)
                 return
+
+
+def logprobs(choice: Choice | None) -> dict[str, Any]:
+    """The id, its log-probability and its alternatives, if they were asked for."""
+    if choice is None or choice.logprob is None:
+        return {}
+    return {
+        "id": choice.token_id,
+        "logprob": round(choice.logprob, 6),
+        "alternatives": [{"id": i, "logprob": round(p, 6)} for i, p in choice.alternatives],
+    }
 
 
 def start_event(sequence: Sequence, model: str) -> Event:

@@ -19,10 +19,12 @@ from stream_generator.errors import (
     DuplicateRequest,
     EngineClosed,
     GenerationFailed,
+    InvalidRequest,
     PromptTooLong,
     QueueFull,
 )
-from stream_generator.model_runner import runner_for
+from stream_generator.generate import stream_generate
+from stream_generator.model_runner import SoloRunner, runner_for
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.sequence import FinishReason, QueuePosition, TokenOutput
 from stream_generator.token_stream import TokenStream
@@ -273,6 +275,19 @@ def test_submits_from_many_threads_never_exceed_the_queue_and_lose_nothing() -> 
     assert [stream.sequence.text for stream in admitted] == ["a"] * 10
 
 
+def test_a_model_that_runs_alone_refuses_log_probabilities_by_name() -> None:
+    fake = fake_checkpoint(says("abc"))
+    engine = Engine(fake, runner=SoloRunner(fake.model, 512))
+    with pytest.raises(InvalidRequest, match="no log-probabilities"):
+        submit(engine, logprobs=1)
+    stream = submit(engine)
+    while engine.step():
+        pass
+    assert text(stream) == "abc"
+    with pytest.raises(InvalidRequest, match="logprobs need the engine"):
+        stream_generate(fake.model, fake.tokenizer, PROMPT, logprobs=1)
+
+
 # Many at once
 
 
@@ -462,3 +477,13 @@ def test_slots_follow_from_what_is_asked_for() -> None:
         pass
     assert stream.sequence.finish_reason is FinishReason.LENGTH
     assert len(stream.sequence.output_ids) == 5
+
+
+def test_requests_that_come_together_with_one_prompt_compute_it_once() -> None:
+    engine = engine_of(fake_checkpoint(says("abc")), slots=3)
+    prompt = [50] * 40 + PROMPT
+    streams = [engine.submit(prompt, SamplingParams()) for _ in range(3)]
+    while engine.step():
+        pass
+    assert [s.sequence.cached_tokens for s in streams] == [0, 49, 49]
+    assert [text(s) for s in streams] == ["abc"] * 3

@@ -27,6 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from stream_generator.chat import Message
 from stream_generator.checkpoint import Checkpoint
 from stream_generator.engine import Engine
 from stream_generator.generate import stream_sequence
@@ -111,7 +112,8 @@ def random_params(rng: random.Random) -> dict[str, Any]:
 
 def alone(reference: Checkpoint, sequence: Sequence) -> tuple[list[int], FinishReason | None]:
     """What the same request gives by itself, through transformers' `generate`."""
-    again = reference.new_sequence(sequence.prompt_ids, sequence.params, request_id=sequence.id)
+    params = sequence.params.model_copy(update={"logprobs": None})
+    again = reference.new_sequence(sequence.prompt_ids, params, request_id=sequence.id)
     for _ in stream_sequence(reference.model, again):
         pass
     return again.output_ids, again.finish_reason
@@ -222,3 +224,38 @@ def test_greedy_equals_transformers_generate_with_a_cold_and_a_warm_cache() -> N
             pass
         assert sequence.cached_tokens == cached
         assert sequence.output_ids == expected
+
+
+def test_eight_chats_of_ten_turns_at_once_are_each_as_if_alone(demo: Checkpoint) -> None:
+    """The real model, in float32: its histories grow in the slots, and are found there."""
+    model = copy.deepcopy(demo.model).float()
+    checkpoint = Checkpoint.of(model, demo.tokenizer)
+
+    def new_engine() -> Engine:
+        runner = runner_for(model, 8192, max_concurrent=8, max_context=1024)
+        return Engine(checkpoint, runner=runner)
+
+    warm = new_engine()
+    topics = ["rain", "bread", "bees", "iron", "music", "the moon", "chess", "paper"]
+    chats: list[list[Message]] = [[] for _ in topics]
+    equal: list[bool] = []
+    for turn in range(10):
+        for topic, chat in zip(topics, chats, strict=True):
+            chat.append({"role": "user", "content": f"Fact {turn + 1} about {topic}, please."})
+        prompts = [checkpoint.chat.encode(chat) for chat in chats]
+        params = SamplingParams(temperature=0, max_new_tokens=5)
+        sequences = [warm.submit(prompt, params).sequence for prompt in prompts]
+        while warm.step():
+            pass
+        for chat, sequence in zip(chats, sequences, strict=True):
+            if turn:
+                assert sequence.cached_tokens > 0.8 * (len(sequence.prompt_ids) - 25)
+            chat.append({"role": "assistant", "content": sequence.text})
+        if turn in (3, 9):
+            cold = new_engine()
+            again = [cold.submit(prompt, params).sequence for prompt in prompts]
+            while cold.step():
+                pass
+            for one in (*sequences, *again):
+                equal.append(assert_same(checkpoint, one))
+    assert sum(equal) > 0.9 * len(equal)

@@ -106,3 +106,14 @@ def test_a_prompt_that_was_left_in_the_middle_is_worth_what_was_computed() -> No
     sequence.computed = 2
     cache.release(sequence)
     assert place(cache, [1, 2, 3, 4, 5]).length == 2
+
+
+def test_what_a_neighbour_has_computed_since_is_found_when_the_prompt_begins() -> None:
+    cache = PrefixCache(2)
+    first = running(cache, [1, 2, 3, 4])
+    first.computed = 0
+    second = running(cache, [1, 2, 3, 5])
+    second.computed = 0
+    assert cache.longest(second)[1] == 0
+    first.computed = 4
+    assert cache.longest(second) == (first.slot, 3)

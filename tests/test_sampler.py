@@ -136,6 +136,10 @@ def one_by_one(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
     return ids
 
 
+def ids_of(sampled: list[Any]) -> list[int]:
+    return [choice.token_id for choice in sampled]
+
+
 filters = st.fixed_dictionaries(
     {"seed": st.integers(0, 2**32)},
     optional={
@@ -165,7 +169,7 @@ def test_rows_together_give_the_ids_that_transformers_processors_and_the_draw_gi
     if ties:
         logits = logits.round()  # many ids share a score, at the edge of top-k too
     expected = one_by_one(logits, sequences)
-    assert sample(logits.clone(), sequences) == expected
+    assert ids_of(sample(logits.clone(), sequences)) == expected
 
 
 def test_a_row_that_is_not_finite_fails_alone() -> None:
@@ -175,7 +179,7 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
     expected = one_by_one(logits, sequences)
     logits[1, 17], logits[2, 5] = math.nan, math.inf
     first, second, third, fourth = sample(logits, sequences_of(*settings_of_rows))
-    assert [first, fourth] == [expected[0], expected[3]]
+    assert ids_of([first, fourth]) == [expected[0], expected[3]]
     assert isinstance(second, GenerationFailed)
     assert isinstance(third, GenerationFailed)
 
@@ -184,6 +188,28 @@ def test_the_end_ids_wait_for_the_least_length() -> None:
     (sequence,) = sequences_of({"min_new_tokens": 2, "temperature": 0, "stop_token_ids": [9]})
     logits = torch.zeros(1, 400)
     logits[0, 9], logits[0, 8] = 5.0, 4.0
-    assert sample(logits.clone(), [sequence]) == [8]
+    assert ids_of(sample(logits.clone(), [sequence])) == [8]
     sequence.output_ids += [8, 8]
-    assert sample(logits.clone(), [sequence]) == [9]
+    assert ids_of(sample(logits.clone(), [sequence])) == [9]
+
+
+@pytest.mark.parametrize("draw_from", [{"temperature": 0}, {"seed": 1, "top_p": 1.0, "top_k": 300}])
+def test_log_probabilities_are_the_models_own_whatever_is_done_to_the_scores(
+    draw_from: dict[str, Any],
+) -> None:
+    extras = {"logit_bias": {5: 9.0}, "repetition_penalty": 1.5}
+    settings_of_rows = [
+        {**draw_from, **extras, "logprobs": 3},
+        {**draw_from, **extras, "logprobs": 0},
+        {**draw_from, **extras},
+    ]
+    logits = torch.randn(1, 400).expand(3, -1) * 2
+    own = logits[0].log_softmax(dim=-1)
+    three, none, not_asked = sample(logits.clone(), sequences_of(*settings_of_rows))
+    assert three.token_id == none.token_id == not_asked.token_id
+    assert three.logprob == none.logprob == pytest.approx(float(own[three.token_id]), abs=1e-5)
+    best = own.topk(3)
+    assert [i for i, _ in three.alternatives] == best.indices.tolist()
+    assert [p for _, p in three.alternatives] == pytest.approx(best.values.tolist(), abs=1e-5)
+    assert none.alternatives == ()
+    assert not_asked.logprob is None

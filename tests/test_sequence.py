@@ -5,7 +5,7 @@ from typing import Any
 from fakes import END, fake_checkpoint, says
 
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.sequence import FinishReason, Sequence
+from stream_generator.sequence import Choice, FinishReason, Sequence
 
 CHECKPOINT = fake_checkpoint(says(""), context_length=100)
 
@@ -15,21 +15,21 @@ def sequence(prompt: int = 10, **params: Any) -> Sequence:
 
 
 def take_all(seq: Sequence, data: bytes) -> list[str]:
-    return [seq.take(i).delta for i in data]
+    return [seq.take(Choice(i)).delta for i in data]
 
 
 def test_an_end_id_ends_it_and_is_neither_shown_nor_counted() -> None:
     seq = sequence()
     assert take_all(seq, b"hi") == ["h", "i"]
-    last = seq.take(END)
-    assert (last.delta, last.token_id, last.finish_reason) == ("", None, FinishReason.STOP)
+    last = seq.take(Choice(END))
+    assert (last.delta, last.choice, last.finish_reason) == ("", None, FinishReason.STOP)
     assert (seq.text, len(seq.output_ids)) == ("hi", 2)
 
 
 def test_what_was_held_back_comes_with_the_end_whatever_the_end() -> None:
     seq = sequence(stop="abc")
     assert take_all(seq, b"xab") == ["x", "", ""]
-    assert seq.take(END).delta == "ab"
+    assert seq.take(Choice(END)).delta == "ab"
     seq = sequence(stop="abc", max_new_tokens=3)
     assert take_all(seq, b"xab")[-1] == "ab"
     assert seq.finish_reason is FinishReason.LENGTH

@@ -110,6 +110,16 @@ def test_events_come_in_order_and_joined_deltas_are_the_response(
     assert set(end["timings"]) == {"queue_ms", "ttft_ms", "tokens_per_second"}
 
 
+def test_log_probabilities_come_with_each_delta_if_asked_for(serve: ServiceFactory) -> None:
+    url = serve(fake_checkpoint(says("ab"))).url
+    _, *deltas, _ = ndjson(post(url, accept=FORMS[1], logprobs=2))
+    assert [d["id"] for d in deltas] == [ord("a"), ord("b")]
+    for delta in deltas:
+        assert delta["logprob"] == pytest.approx(0.0, abs=1e-3), "the fake model has no doubts"
+        assert delta["alternatives"][0] == {"id": delta["id"], "logprob": delta["logprob"]}
+        assert len(delta["alternatives"]) == 2
+
+
 def test_chat_gives_the_same_reply_in_one_object(serve: ServiceFactory) -> None:
     answer = post(serve(fake_checkpoint(says("虹!"))).url, "/chat", max_new_tokens=3).json()
     assert answer == {

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("llama3_app.py")
@@ -85,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     print(f"{checkpoint.name}: {runner.describe()}", flush=True)
-    engine = Engine(checkpoint, max_waiting=args.max_queue, runner=runner).start()
+    engine = Engine(checkpoint, max_waiting=args.max_queue, runner=runner)
     server = Server(
         create_app(engine),
         listening,
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def end(signal_number: int, frame: object) -> None:
         signal.signal(signal_number, signal.SIG_DFL)  # a second one ends at once
-        server.stop()
+        engine.stop()
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
@@ -104,9 +105,14 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{checkpoint.name} is ready at {address}. Try:\n\n    {_curl_line(address)}\n", flush=True
     )
+    # The computing stays on this thread, which has loaded the model (see `Engine`).
+    serving = threading.Thread(target=server.run, name="server")
+    serving.start()
     try:
-        server.run(before_end=engine.close)
+        engine.run()
     finally:
+        server.stop()
+        serving.join()
         engine.close()
         if page is not None:
             page.terminate()

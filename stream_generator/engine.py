@@ -40,8 +40,12 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Serves many requests at once from one model, on one computing thread.
 
-    Every method but `step` may be called from any thread. `start` runs `step` on a thread of its
-    own until `close`; a test may call `step` itself instead.
+    Every method but `run` and `step` may be called from any thread. `run` computes, on the thread
+    that calls it, until `stop`; `start` gives it one of its own; a test may call `step` itself.
+
+    Best on the thread that has loaded the model: each thread that computes gets an OpenMP team of
+    its own, and GNU OpenMP stops spinning between parallel regions when there are more threads in
+    teams than processors. On 2 cores that costs nearly a third (`docs/performance.md`).
     """
 
     def __init__(
@@ -56,7 +60,7 @@ class Engine:
         self._streams: dict[str, TokenStream] = {}  # waiting and running, by request id
         self._scheduler = Scheduler()
         self._errands: list[tuple[Callable[[], None], Future[None]]] = []
-        self._closing = False
+        self._closing = self._serving = False
         self._thread: threading.Thread | None = None
         self._prefixes = PrefixCache(self._runner.slots)  # of the computing thread alone
 
@@ -119,34 +123,45 @@ class Engine:
                 self._deliver(sequence, sequence.fail(str(sampled)))
         return not plan.is_empty
 
+    def run(self) -> None:
+        """Serve until `stop` is called, or the engine itself fails; whoever is left is told why."""
+        self._serving = True
+        reason = "the service is shutting down; send the request again later"
+        try:
+            while self._wait_for_work():
+                self._run_errands()
+                self.step()
+        except BaseException:
+            logger.exception("the engine failed; restart the service")
+            reason = "the engine failed; the service must be restarted"
+        finally:
+            self._serving = False
+            self._fail_all(reason)
+
     def start(self) -> Self:
-        """Begin to serve, on a thread of its own."""
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        """Run on a thread of its own."""
+        self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self._serving = True
         self._thread.start()
         return self
 
     @property
     def healthy(self) -> bool:
         """Whether requests that are submitted now will be served."""
-        return not self._closing and self._thread is not None and self._thread.is_alive()
+        return self._serving and not self._closing
 
-    def close(self) -> None:
-        """Take nothing new, stop the thread after its step, and fail what is left."""
+    def stop(self) -> None:
+        """Let `run` return after its step. Also from a signal handler."""
         with self._changed:
             self._closing = True
             self._changed.notify()
+
+    def close(self) -> None:
+        """Take nothing new, end the thread of `start`, and fail what is left."""
+        self.stop()
         if self._thread is not None:
             self._thread.join()
         self._fail_all("the service is shutting down; send the request again later")
-
-    def _run(self) -> None:
-        try:
-            while self._wait_for_work():
-                self._run_errands()
-                self.step()
-        except BaseException:
-            logger.exception("the engine thread failed; restart the service")
-            self._fail_all("the engine failed; the service must be restarted")
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to do; False when the engine is to close."""

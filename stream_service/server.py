@@ -4,7 +4,6 @@ import json
 import socket
 import time
 import uuid
-from collections.abc import Callable
 from typing import Any
 
 import waitress
@@ -67,14 +66,13 @@ class Server:
     def port(self) -> int:
         return int(self._server.effective_port)
 
-    def run(self, before_end: Callable[[], None] = lambda: None) -> None:
+    def run(self) -> None:
         """Serve until `stop` is called; then let the open answers end, and end the threads.
 
-        before_end: what makes them end, such as the engine's `close`.
+        The engine must be closed before, or they do not end.
         """
         while not self._stopping:
             self._poll(1.0)
-        before_end()
         deadline = time.monotonic() + FLUSH_SECONDS
         while self._is_answering() and time.monotonic() < deadline:
             self._poll(0.05)

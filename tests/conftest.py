@@ -106,11 +106,12 @@ def running_service(
         max_open=max_waiting + engine.max_running,
         max_body=MAX_BODY_BYTES,
     )
-    thread = threading.Thread(target=server.run, args=(engine.close,))
+    thread = threading.Thread(target=server.run)
     thread.start()
     try:
         yield RunningService(f"http://127.0.0.1:{server.port}", engine)
     finally:
+        engine.close()
         server.stop()
         thread.join()
 

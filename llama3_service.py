@@ -55,6 +55,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Serve until a signal ends it; returns the exit status."""
     args = parse_arguments(arguments)
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Read when torch is imported. See docs/performance.md: with GNU OpenMP's own figure one
+        # busy neighbour on the machine slows each token twentyfold.
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Imported here, so that --help and a mistyped flag answer at once.
     from stream_service.server import Server, bind
 

@@ -89,6 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("ended while loading", file=sys.stderr)
+        return 1
     print(f"{checkpoint.name}: {runner.describe()}", flush=True)
     engine = Engine(checkpoint, max_waiting=args.max_queue, runner=runner)
     server = Server(
@@ -99,9 +102,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     def end(signal_number: int, frame: object) -> None:
-        signal.signal(signal_number, signal.SIG_DFL)  # a second one ends at once
+        if ending.is_set():  # a second one ends at once, and the page with it
+            if page is not None:
+                page.kill()
+            os._exit(1)
+        ending.set()
         engine.stop()
 
+    ending = threading.Event()
+    page: subprocess.Popen[bytes] | None = None
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
     address = f"http://{_reachable(args.host)}:{server.port}"
@@ -148,14 +157,14 @@ def _reachable(host: str) -> str:
 
 
 def _port(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else -1
     if not 0 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is not a port; use 0 to 65535")
     return value
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value

@@ -52,12 +52,16 @@ class ChatFormat:
                 "this model has no chat template, so it cannot chat; serve an instruct model",
                 param="messages",
             )
-        if self._control_pattern is None or not any(
-            self._control_pattern.search(message["content"]) for message in messages
-        ):
+        patterns = [(self._pattern_for(message), message["content"]) for message in messages]
+        if not any(pattern and pattern.search(content) for pattern, content in patterns):
             ids: list[int] = self._apply_template(messages, tokenize=True)
             return ids
         return self._encode_guarded(messages)
+
+    def _pattern_for(self, message: Message) -> re.Pattern[str] | None:
+        """What must not be read in a message. A reply's own <think> is its template's business."""
+        assistant = message["role"] == "assistant"
+        return self._special_pattern if assistant else self._control_pattern
 
     def _encode_guarded(self, messages: list[Message]) -> list[int]:
         """Break control tokens inside messages by a marker, render, and encode piece by piece."""
@@ -67,10 +71,13 @@ class ChatFormat:
             name = match.group()
             return name[0] + (plain if name in self._special else split) + name[1:]
 
-        assert self._control_pattern is not None
-        broken: list[Message] = [
-            {**m, "content": self._control_pattern.sub(break_up, m["content"])} for m in messages
-        ]
+        broken: list[Message] = []
+        for message in messages:
+            pattern = self._pattern_for(message)
+            content = message["content"]
+            broken.append(
+                {**message, "content": pattern.sub(break_up, content) if pattern else content}
+            )
         rendered: str = self._apply_template(broken, tokenize=False)
         ids: list[int] = []
         after = None  # the control token before the piece at hand
@@ -103,7 +110,7 @@ class ChatFormat:
                 continue_final_message=continues,
                 return_dict=False,
             )
-        except (TemplateError, ValueError) as error:
+        except (TemplateError, ValueError, TypeError, ArithmeticError) as error:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error

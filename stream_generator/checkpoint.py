@@ -137,16 +137,19 @@ def load_checkpoint(source: str | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{source} lacks {len(missing)} of its weights ({missing[0]}, ...); download it again"
         )
-    model.eval()
-    return Checkpoint.of(model, tokenizer, name)
+    checkpoint = Checkpoint.of(model, tokenizer, name)
+    model.generation_config.stop_strings = None  # they are in the defaults now
+    return checkpoint
 
 
 def preferred_dtype() -> torch.dtype:
-    """bfloat16 where the device computes in it natively, else float32."""
+    """bfloat16 where the device has kernels made for it, else float32."""
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        # Builds without oneDNN, as for Apple's processors, lack the question.
+        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+        fast = supported is not None and supported()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -184,7 +187,8 @@ def _defaults(config: GenerationConfig | None) -> SamplingParams:
     """What a checkpoint's generation config says about sampling; odd values are left out."""
     defaults: dict[str, Any] = {}
     for name in SamplingParams.model_fields:
-        value = getattr(config, name, None)
+        # transformers' name where ours is OpenAI's
+        value = getattr(config, "stop_strings" if name == "stop" else name, None)
         if value is None:
             continue
         try:
@@ -192,7 +196,9 @@ def _defaults(config: GenerationConfig | None) -> SamplingParams:
         except ValidationError:
             logger.warning("ignoring %s=%r of the checkpoint's generation config", name, value)
         else:
-            defaults[name] = value
+            defaults[name] = (
+                tuple([value] if isinstance(value, str) else value) if (name == "stop") else value
+            )
     # A checkpoint may be greedy and still carry a temperature: transformers lets it, so do we.
     return SamplingParams.model_construct(**defaults)
 

@@ -38,7 +38,13 @@ def demo_model_directory(cache: Path | None = None) -> Path:
     converted = cache / f"{DEMO_NAME}-{CONVERSION}"
     if converted.is_dir():
         return converted
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"the demo model needs a cache directory, but {cache} cannot be made "
+            f"({error.strerror}); set XDG_CACHE_HOME, or give a model of your own with --ckpts"
+        ) from error
     with FileLock(cache / "demo-model.lock"):  # two services may start at the same time
         if not converted.is_dir():
             try:

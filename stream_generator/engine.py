@@ -26,7 +26,6 @@ from stream_generator.sampler import Sampled
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.scheduler import Plan, Scheduler
 from stream_generator.sequence import (
-    Choice,
     FinishReason,
     QueuePosition,
     Sequence,
@@ -117,10 +116,7 @@ class Engine:
         self._reuse_prefix()
         plan = self._scheduler.plan()
         for sequence, sampled in self._compute(plan):
-            if isinstance(sampled, Choice):
-                self._deliver(sequence, sequence.take(sampled))
-            else:
-                self._deliver(sequence, sequence.fail(str(sampled)))
+            self._deliver(sequence, _taken(sequence, sampled))
         return not plan.is_empty
 
     def run(self) -> None:
@@ -165,9 +161,15 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to do; False when the engine is to close."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._streams or self._errands or self._closing)
-            return not self._closing
+        while True:
+            with self._changed:
+                # With a limit: a signal handler may set `_closing` on this very thread, just before
+                # it begins to wait, and its notification then finds nobody.
+                if self._changed.wait_for(self._has_work, timeout=1.0):
+                    return not self._closing
+
+    def _has_work(self) -> bool:
+        return bool(self._streams or self._errands or self._closing)
 
     def _drop_aborted(self) -> None:
         """Release every sequence that nobody reads any more."""
@@ -252,7 +254,8 @@ class Engine:
                 del self._streams[sequence.id]
                 self._scheduler.remove(sequence)
                 self._prefixes.release(sequence, keep=sound and self._runner.keeps_prefixes)
-            self._runner.release(sequence, sound=sound)
+            if sequence.slot is not None:
+                self._runner.release(sequence, sound=sound)
         stream.put(output)
 
     def _on_computing_thread(self, errand: Callable[[], None]) -> None:
@@ -289,6 +292,16 @@ class Engine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _taken(sequence: Sequence, sampled: Sampled) -> TokenOutput:
+    """What a sequence makes of its new id; turning it into text may fail, as computing may."""
+    if isinstance(sampled, GenerationFailed):
+        return sequence.fail(str(sampled))
+    try:
+        return sequence.take(sampled)
+    except Exception as error:
+        return sequence.fail(str(_failure(sequence, error)))
 
 
 def _failure(sequence: Sequence, error: Exception) -> GenerationFailed:

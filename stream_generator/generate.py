@@ -9,6 +9,7 @@ everything that transformers knows of sampling still in force.
 import copy
 import functools
 import inspect
+import math
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
@@ -33,7 +34,7 @@ from stream_generator.sampling_params import SamplingParams
 from stream_generator.sequence import Choice, Sequence, TokenOutput
 
 # Outputs of a forward that the next one needs, by the names that model families give them.
-_CACHES = ("past_key_values", "cache_params")
+_CACHES = ("past_key_values", "cache_params", "state")
 
 
 def stream_sample(
@@ -251,8 +252,10 @@ def _generation_config(model: PreTrainedModel, sequence: Sequence) -> Generation
         repetition_penalty=params.repetition_penalty or 1.0,
         no_repeat_ngram_size=params.no_repeat_ngram_size or 0,
         min_new_tokens=params.min_new_tokens or 0,
-        max_new_tokens=None,
-        max_length=len(sequence.prompt_ids) + (params.max_new_tokens or 1),
+        max_new_tokens=params.max_new_tokens or 1,
+        max_length=None,
+        max_time=None if config.max_time is None else math.inf,
+        num_beams=1,
         eos_token_id=sorted(sequence.all_end_ids),
         return_dict_in_generate=False,
         num_return_sequences=1,

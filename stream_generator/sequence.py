@@ -74,9 +74,11 @@ class Sequence:
     computed: int = 0  # how many of its ids have their keys and values there
     cached_tokens: int = 0  # how many of its prompt were there when it came
     generator: Any = None  # the sequence's own torch.Generator
+    number: float | None = None  # what it has drawn for its next id, until that id is taken
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
+    last_token_at: float | None = None
     finished_at: float | None = None
 
     def __post_init__(self) -> None:
@@ -121,12 +123,13 @@ class Sequence:
 
         An end id ends it and is neither shown nor counted.
         """
-        token_id = choice.token_id
+        token_id, self.number = choice.token_id, None
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
         if token_id in self.all_end_ids:
             return self._end(FinishReason.STOP)
         self.output_ids.append(token_id)
+        self.last_token_at = time.monotonic()
         delta, stopped = self._stop_strings.feed(self.detokenizer.decode(token_id))
         if stopped:
             return self._end(FinishReason.STOP, choice, delta, flush=False)
@@ -137,12 +140,12 @@ class Sequence:
 
     def abort(self) -> TokenOutput:
         """End it because nobody reads it any more."""
-        return self._end(FinishReason.ABORT)
+        return self._end(FinishReason.ABORT, flush=False)
 
     def fail(self, error: str) -> TokenOutput:
         """End it because computing failed; `error` is told to the reader."""
         self.error = error
-        return self._end(FinishReason.ERROR)
+        return self._end(FinishReason.ERROR, flush=False)  # flushing is what may have failed
 
     def _end(
         self,

@@ -21,6 +21,7 @@ class TokenStream:
         self.sequence = sequence
         self._abort = abort
         self._outputs: SimpleQueue[TokenOutput | QueuePosition] = SimpleQueue()
+        self._ended = False
 
     @property
     def id(self) -> str:
@@ -36,18 +37,18 @@ class TokenStream:
             output = self._outputs.get(timeout=timeout)
         except Empty:
             return None
-        if isinstance(output, TokenOutput) and output.finish_reason is FinishReason.ERROR:
+        reason = output.finish_reason if isinstance(output, TokenOutput) else None
+        self._ended = reason is not None
+        if reason is FinishReason.ERROR:
             raise GenerationFailed(self.sequence.error)
         return output
 
     def __iter__(self) -> Iterator[TokenOutput]:
-        """The outputs up to the last, without the places in the queue."""
-        while True:
+        """The outputs up to the last, without the places in the queue; none, once it was read."""
+        while not self._ended:
             output = self.get()
             if isinstance(output, TokenOutput):
                 yield output
-                if output.finish_reason is not None:
-                    return
 
     def put(self, output: TokenOutput | QueuePosition) -> None:
         """The engine's end."""

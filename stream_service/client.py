@@ -86,7 +86,7 @@ class ReplyStream:
                 elif kind == "delta" and event["delta"]:
                     self.text += event["delta"]
                     yield event["delta"]
-        except (requests.RequestException, ValueError) as error:
+        except (requests.RequestException, ValueError, LookupError, TypeError) as error:
             raise StreamError("the stream broke off", text=self.text) from error
         finally:
             self._response.close()

@@ -1,5 +1,6 @@
 """Exceptions to status codes and to the one error body of the service."""
 
+import json
 from typing import Any
 
 from stream_generator.errors import (
@@ -12,7 +13,7 @@ from stream_generator.errors import (
     StreamGeneratorError,
 )
 
-MAX_MESSAGE = 1000  # characters; so that a body stays under 2 KB
+MAX_MESSAGE, MAX_PARAM = 1000, 200  # bytes as JSON, so that a body stays under 2 KB
 
 # status, type, code; looked up along the exception's base classes
 _ANSWERS: dict[type[BaseException], tuple[int, str, str]] = {
@@ -53,14 +54,22 @@ def error_body(
     message: str, type_: str, param: str | None, code: str, request_id: str
 ) -> dict[str, Any]:
     """`{"error": {...}}`, the shape of every error on every route and in every stream."""
-    if len(message) > MAX_MESSAGE:
-        message = message[: MAX_MESSAGE - 3] + "..."
     return {
         "error": {
-            "message": message,
+            "message": _shortened(message, MAX_MESSAGE),
             "type": type_,
-            "param": param[:100] if param else None,
+            "param": _shortened(param, MAX_PARAM) if param else None,
             "code": code,
             "request_id": request_id,
         }
     }
+
+
+def _shortened(text: str, limit: int) -> str:
+    """`text`, cut so that it takes at most `limit` bytes of JSON, where one character takes 12."""
+    if len(json.dumps(text)) - 2 <= limit:
+        return text
+    end = limit - 3
+    while len(json.dumps(text[:end])) - 2 > limit - 3:
+        end = end * 3 // 4
+    return text[:end] + "..."

@@ -89,7 +89,7 @@ class StreamRequest(SamplingParams):
         turns = [turn for turn in self.history or () if isinstance(turn, Turn)]
         if self.messages is None and not turns:
             return [*map(list, self.history or ()), [self.query, response]]
-        messages = [m for m in self.conversation() if self.messages or m["role"] != "system"]
+        messages = self.conversation()[1 if self.prompt else 0 :]
         if messages[-1]["role"] == "assistant":
             response = messages.pop()["content"] + response
         return [*messages, {"role": "assistant", "content": response}]
@@ -111,9 +111,11 @@ def parse_stream_request(body: bytes) -> StreamRequest:
         if key not in StreamRequest.model_fields:
             raise _unknown(key, key)
     try:
-        return StreamRequest.model_validate(data)
+        request = StreamRequest.model_validate(data)
+        request.sampling()  # max_tokens may contradict what max_new_tokens did not
     except ValidationError as error:
         raise _explained(error) from None
+    return request
 
 
 def sampling_bounds() -> dict[str, dict[str, Any]]:

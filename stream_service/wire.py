@@ -143,11 +143,11 @@ def timings(sequence: Sequence) -> dict[str, float | None]:
 
     A rate needs two tokens at least: it is that of the gaps between them.
     """
-    started, first, finished = sequence.started_at, sequence.first_token_at, sequence.finished_at
+    started, first, last = sequence.started_at, sequence.first_token_at, sequence.last_token_at
     gaps = len(sequence.output_ids) - 1
     rate = None
-    if first is not None and finished is not None and gaps > 0 and finished > first:
-        rate = round(gaps / (finished - first), 2)
+    if first is not None and last is not None and last > first:
+        rate = round(gaps / (last - first), 2)
     return {
         "queue_ms": _milliseconds(sequence.submitted_at, started),
         "ttft_ms": _milliseconds(sequence.submitted_at, first),

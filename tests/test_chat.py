@@ -124,3 +124,17 @@ def test_the_marker_is_never_a_character_of_the_text() -> None:
     everything = "".join(map(chr, range(0xE000, 0xF8FF))) + "<|end|>"
     with pytest.raises(InvalidRequest, match="private-use"):
         ChatFormat(tokenizer).encode(user(everything))
+
+
+def test_a_replys_own_unflagged_tokens_are_left_to_the_template() -> None:
+    """As reasoning models need it: their templates cut earlier thoughts out of the history."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([AddedToken("</think>", special=False, normalized=False)])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'].split('</think>')[-1] }}|{% endfor %}</think>"
+    )
+    messages: list[Message] = [
+        {"role": "assistant", "content": "thought</think>said"},
+        {"role": "user", "content": "a"},
+    ]
+    assert tokenizer.decode(ChatFormat(tokenizer).encode(messages)) == "said|a|</think>"

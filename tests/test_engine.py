@@ -487,3 +487,68 @@ def test_requests_that_come_together_with_one_prompt_compute_it_once() -> None:
         pass
     assert [s.sequence.cached_tokens for s in streams] == [0, 49, 49]
     assert [text(s) for s in streams] == ["abc"] * 3
+
+
+def test_a_tokenizer_that_fails_on_one_reply_fails_that_request_alone() -> None:
+    checkpoint = fake_checkpoint(says("abc"))
+    engine = engine_of(checkpoint, slots=2)
+    bad, good = submit(engine), submit(engine)
+
+    class Broken:
+        def decode(self, token_id: int) -> str:
+            raise TypeError("secret")
+
+        flush = decode
+
+    bad.sequence.detokenizer = Broken()  # type: ignore[assignment]
+    while engine.step():
+        pass
+    with pytest.raises(GenerationFailed, match="TypeError"):
+        text(bad)
+    assert text(good) == "abc"
+
+
+def test_one_who_leaves_the_queue_of_a_model_that_runs_alone_disturbs_nobody() -> None:
+    fake = fake_checkpoint(says("abc"))
+    engine = Engine(fake, runner=SoloRunner(fake.model, 512))
+    first, second = submit(engine), submit(engine)
+    engine.step()
+    second.close()
+    while engine.step():
+        pass
+    assert text(first) == "abc"
+    assert second.sequence.finish_reason is FinishReason.ABORT
+
+
+def test_a_step_that_is_tried_again_draws_the_same_numbers() -> None:
+    """Where it was the sampling that failed, the numbers had been drawn already."""
+    model = tiny_llama(vocab_size=258)
+    checkpoint = Checkpoint.of(model, byte_tokenizer())
+    params = SamplingParams(seed=5, temperature=2.0, max_new_tokens=12)
+    replies = []
+    for fails in (False, True):
+        engine = Engine(checkpoint, runner=runner_for(model, 256, max_concurrent=2))
+        streams = [engine.submit([1, 2, n], params) for n in (3, 4)]
+        decode, trouble = engine._runner.decode, [fails]
+
+        def flaky(sequences: Any, decode: Any = decode, trouble: Any = trouble) -> Any:
+            result = decode(sequences)
+            if len(sequences) == 2 and trouble and trouble.pop():
+                for sequence in sequences:
+                    sequence.computed -= 1
+                raise RuntimeError
+            return result
+
+        engine._runner.decode = flaky  # type: ignore[method-assign]
+        while engine.step():
+            pass
+        replies.append([s.sequence.output_ids for s in streams])
+    assert replies[0] == replies[1]
+
+
+def test_a_stream_that_has_ended_ends_again_when_it_is_iterated_again(engine: Engine) -> None:
+    stream = submit(engine)
+    while engine.step():
+        pass
+    assert text(stream) == "abc"
+    assert text(stream) == ""

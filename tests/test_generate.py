@@ -456,6 +456,16 @@ def test_greedy_text_of_the_demo_model_is_transformers_own(demo: Any) -> None:
     assert "".join(o.delta for o in outputs) == demo.tokenizer.decode(new, skip_special_tokens=True)
 
 
+def test_lengths_of_the_checkpoints_generation_config_do_not_cut_a_reply() -> None:
+    fake = fake_checkpoint(says("abcdefgh"))
+    fake.model.generation_config.max_new_tokens = 4
+    fake.model.generation_config.max_time = 0.0
+    ids = fake.tokenizer.encode("assistant:")
+    outputs = list(stream_generate(fake.model, fake.tokenizer, ids, max_new_tokens=6))
+    assert "".join(o.delta for o in outputs) == "abcdef"
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+
+
 def test_what_cannot_be_served_is_refused_before_anything_is_computed() -> None:
     model = FakeModel(says("x"), context_length=8)
     forwards = counting(model)

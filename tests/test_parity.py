@@ -209,6 +209,20 @@ def test_a_model_that_does_not_fit_runs_alone_says_so_and_is_right(
         assert alone(reference, sequence)[0] == sequence.output_ids
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+        {"suppress_tokens": [5]},
+    ],
+    ids=["dynamic rope", "suppressed tokens"],
+)
+def test_what_rows_cannot_share_runs_alone(change: dict[str, Any]) -> None:
+    model = tiny_llama(vocab_size=258, **{k: v for k, v in change.items() if "rope" in k})
+    model.generation_config.suppress_tokens = change.get("suppress_tokens")
+    assert isinstance(runner_for(model, 256), SoloRunner)
+
+
 def test_greedy_equals_transformers_generate_with_a_cold_and_a_warm_cache() -> None:
     model = build("llama")
     untouched = copy.deepcopy(model)

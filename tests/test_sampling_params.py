@@ -84,3 +84,7 @@ def test_openais_forms_are_taken() -> None:
     params = SamplingParams(stop="END", logit_bias={"12": -100, "7": 1.5}, temperature=1)
     assert params.stop == ("END",)
     assert params.logit_bias == {12: -100, 7: 1.5}
+
+
+def test_a_least_length_beyond_the_default_raises_the_limit() -> None:
+    assert resolved(min_new_tokens=3000)["max_new_tokens"] == 3000

@@ -96,10 +96,6 @@ class Requests(RuleBasedStateMachine):
             s for s in self.submitted if s.id not in self.gone and s not in self.admitted
         ]
 
-    @invariant()
-    def no_slot_stays_empty_while_someone_could_have_it(self) -> None:
-        assert self.free >= 0
-
 
 TestRequests = Requests.TestCase
 TestRequests.settings = settings(deadline=None, max_examples=150, stateful_step_count=60)

@@ -40,6 +40,15 @@ def test_history_may_be_messages_and_content_may_be_parts() -> None:
     ]
 
 
+def test_a_system_turn_inside_the_history_stays_there() -> None:
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+    turns.append({"role": "assistant", "content": "b"})
+    for prompt in ({}, {"prompt": "p"}):
+        after = parse(query="c", history=turns, **prompt).history_after("d")
+        assert after[:3] == turns
+        assert len(after) == 5
+
+
 def test_the_history_of_messages_includes_the_reply_and_joins_a_continued_turn() -> None:
     asked = [{"role": "user", "content": "a"}]
     reply = {"role": "assistant", "content": "bc"}

@@ -363,6 +363,9 @@ def test_silly_input_is_answered_and_the_next_request_works(url: str, path: str)
     for body in (
         b"", b"{", b"nonsense", b"[1,2]", b'{"query": 1}', b'{"query": "\\ud800"}', b"\xff\xfe",
         b"[" * 100_000, b'{"query": "a", "seed": 1e999}', b'{"query": "a", "x": 1}', b"\x00" * 100,
+        b'{"query": "a", "min_new_tokens": 5, "max_tokens": 4}',
+        json.dumps({"query": "a", "\U0001f308" * 100: 1}).encode(),
+        b'{"query": "a", "logit_bias": {"98": 1, "098": 2}}',
         b'{"query": "a", "' + b"k" * 10_000 + b'": 1}', b'{"query": "a", "stop": [[]]}',
     ):  # fmt: skip
         assert_error_shape(send(body), 400)
@@ -409,3 +412,5 @@ def test_every_error_of_the_project_has_an_answer_and_none_is_long() -> None:
         body, status = answer(kind("x" * 5000), "id")
         assert 400 <= status < 600
         assert len(body["error"]["message"]) == MAX_MESSAGE
+        body, _ = answer(kind("彩🌈" * 3000), "id")
+        assert len(json.dumps(body)) < 2048

@@ -126,7 +126,6 @@ def main(arguments: list[str] | None = None) -> int:
     finally:
         server.stop()
         serving.join()
-        engine.close()
         if page is not None:
             page.terminate()
             page.wait()

@@ -192,13 +192,9 @@ def _defaults(config: GenerationConfig | None) -> SamplingParams:
         if value is None:
             continue
         try:
-            SamplingParams(**{name: value})
+            defaults[name] = getattr(SamplingParams(**{name: value}), name)
         except ValidationError:
             logger.warning("ignoring %s=%r of the checkpoint's generation config", name, value)
-        else:
-            defaults[name] = (
-                tuple([value] if isinstance(value, str) else value) if (name == "stop") else value
-            )
     # A checkpoint may be greedy and still carry a temperature: transformers lets it, so do we.
     return SamplingParams.model_construct(**defaults)
 

@@ -28,6 +28,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="MODEL",
         help="directory in Hugging Face format, or hub id (a small demo model)",
     )
+    add(
+        "--quantize",
+        choices=["auto", "none", "int8", "int4"],
+        default="auto",
+        help="bits of each weight; auto: as the checkpoint has them (%(default)s)",
+    )
     add("--app", action="store_true", help="start the chat page too")
     add("--app-port", type=_port, default=7860, help="port of the chat page (%(default)s)")
     add(
@@ -79,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     from stream_service.app import MAX_BODY_BYTES, create_app
 
     try:
-        checkpoint = load_checkpoint(args.ckpts)
+        checkpoint = load_checkpoint(args.ckpts, args.quantize)
         runner = runner_for(
             checkpoint.model,
             checkpoint.context_length,

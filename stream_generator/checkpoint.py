@@ -7,15 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import psutil
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from stream_generator.chat import ChatFormat
-from stream_generator.demo_model import DEMO_NAME, demo_model_directory
+from stream_generator.demo_model import DEMO_NAME, PACKED_FILE, demo_model_directory
 from stream_generator.detokenizer import Detokenizer
 from stream_generator.errors import CheckpointError, InvalidRequest, PromptTooLong
+from stream_generator.fused import fuse
+from stream_generator.quantization import DENSE_SHARE, Packing, load_packed
 from stream_generator.sampler import generator_for
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.sequence import Sequence
@@ -104,8 +107,10 @@ class Checkpoint:
                 )
 
 
-def load_checkpoint(source: str | None = None) -> Checkpoint:
+def load_checkpoint(source: str | None = None, quantize: str = "auto") -> Checkpoint:
     """Load a model from a directory in Hugging Face format or by its hub id; None: the demo model.
+
+    quantize: "none", "int8", "int4", or "auto" for weights packed as the checkpoint has them.
 
     In bfloat16 where the device is fast at it, else float32; over all GPUs there are. Weights
     come from safetensors only and no code of the checkpoint is run.
@@ -137,9 +142,32 @@ def load_checkpoint(source: str | None = None) -> Checkpoint:
         raise CheckpointError(
             f"{source} lacks {len(missing)} of its weights ({missing[0]}, ...); download it again"
         )
+    _make_lean(model, Path(path) / PACKED_FILE, quantize)
     checkpoint = Checkpoint.of(model, tokenizer, name)
     model.generation_config.stop_strings = None  # they are in the defaults now
     return checkpoint
+
+
+def _make_lean(model: PreTrainedModel, packed: Path, quantize: str) -> None:
+    """Fuse and pack the layers of `model`, where they are of a known shape."""
+    saved = load_packed(packed) if quantize != "none" and packed.is_file() else {}
+    bits = {"int8": 8, "int4": 4}.get(quantize, 0)
+    dense_bytes = sum(p.nbytes for p in model.parameters())
+    keep_dense = dense_bytes <= free_memory(model.device) * DENSE_SHARE
+    fused = fuse(model, Packing(bits, saved, keep_dense))
+    if bits and not fused:
+        logger.warning("--quantize %s: %s has no layers to pack", quantize, type(model).__name__)
+    for parameter in model.parameters():
+        # What is left is a part of the file that is mapped to memory: let go of the rest of it.
+        parameter.data = parameter.data.clone()
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return int(psutil.virtual_memory().available)
 
 
 def preferred_dtype() -> torch.dtype:

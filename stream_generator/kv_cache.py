@@ -8,10 +8,40 @@ sequence. Memory is reserved once; an operating system gives it page by page, as
 import math
 import mmap
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(frozen=True)
+class Run:
+    """Rows of a forward whose slots are neighbours: they are read as one block.
+
+    rows, slots: the same rows, counted in the forward and in the cache. key_length: the keys that
+    are read, as many as the longest of them has. needs_mask: some of them must not see all of
+    these.
+    """
+
+    rows: slice
+    slots: slice
+    key_length: int
+    needs_mask: bool
+
+    def view(self, store: torch.Tensor) -> torch.Tensor:
+        """This run's part of keys or values: [rows of the run, heads, key_length, size]."""
+        # store[self.slots, :, :self.key_length], in one operation where that takes three
+        _, heads, _, size = store.shape
+        strides = store.stride()
+        start = store.storage_offset() + self.slots.start * strides[0]
+        rows = self.slots.stop - self.slots.start
+        return store.as_strided((rows, heads, self.key_length, size), strides, start)
+
+    def of(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """This run's part of a forward's mask."""
+        if mask is None or not self.needs_mask:
+            return None
+        return mask[self.rows, :, :, : self.key_length]
 
 
 @dataclass(frozen=True)
@@ -19,16 +49,40 @@ class SlotRows:
     """What the next forward reads and writes: one row a sequence.
 
     slots: which slot each row is. starts: the position of its first new token.
-    length: new tokens a row. key_length: the keys that are read, as many as the longest row has.
+    length: new tokens a row. windowed: some layers look only so far back.
     """
 
     slots: tuple[int, ...]
     starts: tuple[int, ...]
     length: int
+    windowed: bool = False
 
     @property
     def key_length(self) -> int:
+        """The keys that are read, as many as the longest row has."""
         return max(self.starts) + self.length
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        """The rows in as few runs as there are; a run of several has one new token each."""
+        runs: list[Run] = []
+        first = 0
+        for row in range(1, len(self.slots) + 1):
+            if row < len(self.slots) and self.slots[row] == self.slots[row - 1] + 1:
+                continue
+            starts = self.starts[first:row]
+            # Without a mask, attention is causal from the first key on, or sees all for one token.
+            plain = len(set(starts)) == 1 and (self.length == 1 or starts[0] == 0)
+            runs.append(
+                Run(
+                    slice(first, row),
+                    slice(self.slots[first], self.slots[first] + row - first),
+                    max(starts) + self.length,
+                    needs_mask=self.windowed or not plain,
+                )
+            )
+            first = row
+        return runs
 
     def positions(self, device: torch.device) -> torch.Tensor:
         """int64 [rows, length]"""
@@ -44,9 +98,18 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, slots: int, context_length: int, like: tuple[torch.Tensor, torch.Tensor]):
         """like: keys and values of this layer from another cache, [rows, heads, tokens, size]."""
         super().__init__()
-        self.keys, self.values = (
-            _zeros((slots, t.shape[1], context_length, t.shape[3]), t) for t in like
-        )
+        key_heads, value_heads = (t.shape[1] for t in like)
+        self._stores: tuple[torch.Tensor, ...]
+        if like[0].shape[3] == like[1].shape[3]:  # one place for both, so that one write does it
+            store = _zeros(
+                (slots, key_heads + value_heads, context_length, like[0].shape[3]), like[0]
+            )
+            self.keys, self.values = store.split([key_heads, value_heads], dim=1)
+            self._stores = (store,)
+        else:
+            self.keys, self.values = self._stores = tuple(
+                _zeros((slots, t.shape[1], context_length, t.shape[3]), t) for t in like
+            )
         self.is_initialized = True
         self.rows: SlotRows | None = None
 
@@ -62,24 +125,37 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         Returns keys and values: [rows, heads, key_length, size]. What lies beyond a row's own
         position is of no meaning, and masked.
         """
-        rows = self.rows
-        assert rows is not None, "a forward must be told its rows"
-        for store, new in ((self.keys, key_states), (self.values, value_states)):
-            if rows.length == 1:
-                slots, starts = _indices(rows, store.device)
-                store[slots, :, starts] = new[:, :, 0]
-                continue
-            for row, (slot, start) in enumerate(zip(rows.slots, rows.starts, strict=True)):
-                store[slot, :, start : start + rows.length] = new[row]
+        states = (key_states, value_states)
+        if len(self._stores) == 1:
+            states = (torch.cat(states, dim=1),)
+        rows = self.write(*(s.transpose(1, 2) for s in states))
         return self._read(self.keys, rows), self._read(self.values, rows)
 
+    def write(self, *states: torch.Tensor) -> SlotRows:
+        """Write the new tokens' states into the rows' slots, and return the rows.
+
+        states: [rows, length, key heads + value heads, size], or one for each where they differ in
+        size.
+        """
+        rows = self.rows
+        assert rows is not None, "a forward must be told its rows"
+        for store, new in zip(self._stores, states, strict=True):
+            if rows.length == 1:
+                _, heads, context, size = store.shape
+                places = _places(rows, heads, context, store.device)
+                store.view(-1, size).index_copy_(0, places, new.reshape(-1, size))
+                continue
+            for row, (slot, start) in enumerate(zip(rows.slots, rows.starts, strict=True)):
+                store[slot, :, start : start + rows.length] = new[row].transpose(0, 1)
+        return rows
+
     def copy_slot(self, source: int, target: int, length: int) -> None:
-        for store in (self.keys, self.values):
+        for store in self._stores:
             store[target, :, :length] = store[source, :, :length]
 
     def wipe_slot(self, slot: int) -> None:
-        self.keys[slot].zero_()
-        self.values[slot].zero_()
+        for store in self._stores:
+            store[slot].zero_()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return (self.rows.key_length if self.rows else query_length), 0
@@ -118,6 +194,18 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.rows = rows
 
+    def write(
+        self, layer_index: int, states: torch.Tensor
+    ) -> list[tuple[Run, torch.Tensor, torch.Tensor]]:
+        """Write a layer's new states; all keys and values of each run of the rows.
+
+        states: [rows, length, key heads + value heads, size]. Returned: views, [rows of the run,
+        heads, key_length, size]. For attention of our own: `update` copies where rows lie apart.
+        """
+        layer = self.layers[layer_index]
+        rows = layer.write(states)
+        return [(run, run.view(layer.keys), run.view(layer.values)) for run in rows.runs]
+
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Give slot `target` the first `length` positions of slot `source`."""
         for layer in self.layers:
@@ -144,8 +232,11 @@ def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)  # one step asks for the same rows in every layer
-def _indices(rows: SlotRows, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.tensor(rows.slots, device=device), torch.tensor(rows.starts, device=device)
+def _places(rows: SlotRows, heads: int, context: int, device: torch.device) -> torch.Tensor:
+    """Where in [slots * heads * context] the new tokens go: int64 [rows * heads]."""
+    slots, starts = torch.tensor([rows.slots, rows.starts], device=device)
+    by_head = slots[:, None] * heads + torch.arange(heads, device=device)
+    return (by_head * context + starts[:, None]).flatten()
 
 
 def bytes_per_token(filled: Cache) -> int:
@@ -157,17 +248,22 @@ def bytes_per_token(filled: Cache) -> int:
     )
 
 
-def masks(rows: SlotRows, windows: dict[str, int | None], device: torch.device) -> object:
-    """The attention mask of a forward: bool [rows, 1, length, key_length]; True may be looked at.
+def masks(
+    rows: SlotRows, windows: dict[str, int | None], device: torch.device, dtype: torch.dtype
+) -> object:
+    """The attention mask of a forward, to be added to scores: 0, or -inf for what is not seen.
 
     windows: for each kind of layer, how many positions back it looks; None for all. One kind
     that is called "" gives the mask itself, others a dict by kind, as transformers takes them.
+    Each mask is [rows, 1, length, key_length], of `dtype`.
     """
     queries = rows.positions(device)[:, None, :, None]
     keys = torch.arange(rows.key_length, device=device)
-    causal = keys <= queries
-    made = {
-        kind: causal if window is None else causal & (keys > queries - window)
-        for kind, window in windows.items()
-    }
+    unseen = keys > queries
+    made = {}
+    for kind, window in windows.items():
+        hidden = unseen if window is None else unseen | (keys <= queries - window)
+        made[kind] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(
+            hidden, -math.inf
+        )
     return made.get("", made)

@@ -11,11 +11,12 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import psutil
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from stream_generator.checkpoint import free_memory
 from stream_generator.errors import CheckpointError
+from stream_generator.fused import FusedDecoder, NotFusible
 from stream_generator.generate import stream_ids
 from stream_generator.kv_cache import SlotCache, SlotRows, bytes_per_token, masks
 from stream_generator.sampler import Sampled, sample
@@ -86,6 +87,7 @@ class ModelRunner:
         self._windows = attention_windows(model)
         accepted = inspect.signature(self._model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._decoder = _decoder(model, context)
         self._bytes = slots * context * bytes_per_token(filled)
 
     def describe(self) -> str:
@@ -127,19 +129,31 @@ class ModelRunner:
             slots=tuple(row.slot or 0 for row in row_states),
             starts=tuple(row.computed for row in row_states),
             length=len(new_ids[0]),
+            windowed=any(self._windows.values()),
         )
         device = self._model.device
         self._cache.select(rows)
-        outputs = self._model(
-            input_ids=torch.tensor(new_ids, device=device),
-            position_ids=rows.positions(device),
-            attention_mask=masks(rows, self._windows, device),
-            past_key_values=self._cache,
-            use_cache=True,
-            **self._options,
-        )
-        logits: torch.Tensor = outputs.logits[:, -1].to(torch.float32, copy=True)
-        return logits
+        ids = torch.tensor(new_ids, device=device)
+        mask = masks(rows, self._windows, device, self._model.dtype)
+        if self._decoder is not None:
+            logits = self._decoder(ids, rows.positions(device), mask, self._cache)
+        else:
+            logits = self._model(
+                input_ids=ids,
+                position_ids=rows.positions(device),
+                attention_mask=mask,
+                past_key_values=self._cache,
+                use_cache=True,
+                **self._options,
+            ).logits[:, -1]
+        return logits.to(torch.float32, copy=True)
+
+
+def _decoder(model: PreTrainedModel, context: int) -> FusedDecoder | None:
+    try:
+        return FusedDecoder(model, context)
+    except NotFusible:
+        return None
 
 
 class SoloRunner:
@@ -276,10 +290,7 @@ def _sizes(
     max_context: int | None,
 ) -> tuple[int, int]:
     """How many slots, and how long, fit into the memory that is free now."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
+    free = free_memory(device)
     budget = int(free * MEMORY_SHARE.get(device.type, 0.4))
     wanted = max_concurrent or FEWEST_SLOTS
     while (

@@ -14,8 +14,6 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from stream_generator.checkpoint import Checkpoint, load_checkpoint
 from stream_generator.engine import Engine
 from stream_generator.pypi_file import PypiFile, bring
-from stream_service.app import MAX_BODY_BYTES, create_app
-from stream_service.server import Server, bind
 
 LLAMA3_TOKENIZER = PypiFile(
     package="llama-models",
@@ -99,6 +97,10 @@ def running_service(
     checkpoint: Checkpoint, *, max_waiting: int = 8, slots: int | None = 8
 ) -> Iterator[RunningService]:
     """The real server on a free port, for as long as the block lasts."""
+    # Imported here, so that the tests of `stream_generator` run where there is no Flask.
+    from stream_service.app import MAX_BODY_BYTES, create_app
+    from stream_service.server import Server, bind
+
     engine = engine_of(checkpoint, max_waiting=max_waiting, slots=slots).start()
     server = Server(
         create_app(engine),

@@ -94,7 +94,7 @@ class FakeModel(PreTrainedModel, GenerationMixin):
         logits = torch.zeros(*input_ids.shape, VOCABULARY)
         for row, ids in enumerate(seen):
             if attention_mask is not None and attention_mask.dim() == 4:
-                ids = ids[attention_mask[row if len(attention_mask) > 1 else 0, 0, -1]]
+                ids = ids[attention_mask[row if len(attention_mask) > 1 else 0, 0, -1] == 0]
             logits[row, -1, self._next(ids.tolist())] = 50.0
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 

@@ -8,6 +8,7 @@ two best scores within 1e-4, or the drawn number within 1e-4 of the boundary bet
 
 import copy
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -29,14 +30,18 @@ from transformers import (
 
 from stream_generator.chat import Message
 from stream_generator.checkpoint import Checkpoint
+from stream_generator.demo_model import demo_model_directory
 from stream_generator.engine import Engine
+from stream_generator.fused import FusedLayer, fuse
 from stream_generator.generate import stream_sequence
 from stream_generator.model_runner import ModelRunner, SoloRunner, runner_for
+from stream_generator.quantization import PackedWeight, Packing
 from stream_generator.sampler import generator_for, history_processors, uniform, warpers
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.sequence import FinishReason, Sequence
 
 CLOSE = 1e-4
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMMON: dict[str, Any] = {
     "vocab_size": 258,
     "hidden_size": 32,
@@ -56,6 +61,10 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_
 
 def build(name: str) -> PreTrainedModel:
     """A tiny random model in float32, with a window shorter than the prompts where it has one."""
+    return _build(name).to(DEVICE)
+
+
+def _build(name: str) -> PreTrainedModel:
     if name.startswith("llama"):
         return tiny_llama(
             vocab_size=258,
@@ -140,23 +149,70 @@ def margin_at(reference: Checkpoint, sequence: Sequence, at: int) -> float:
     before = reference.new_sequence(sequence.prompt_ids, sequence.params, request_id="margin")
     before.output_ids = sequence.output_ids[:at]
     with torch.inference_mode():
-        inputs = torch.tensor([before.all_ids])
+        inputs = torch.tensor([before.all_ids], device=reference.model.device)
         scores = reference.model(input_ids=inputs).logits[:, -1].float()
         if (processors := history_processors(before, scores.device)) is not None:
             scores = processors(inputs, scores)
     if sequence.params.greedy:
         best = scores[0].topk(2).values
         return float(best[0] - best[1])
-    probabilities = torch.softmax(warpers(before)(inputs, scores)[0].double(), dim=-1)
+    probabilities = torch.softmax(warpers(before)(inputs, scores)[0].double().cpu(), dim=-1)
     generator = generator_for(sequence.params.seed or 0)
     number = [uniform(generator) for _ in range(at + 1)][-1]
     return float((probabilities.cumsum(0) - number).abs().min())
 
 
-@pytest.mark.parametrize("name", SIDE_BY_SIDE)
-def test_32_requests_that_come_and_go_get_the_ids_they_would_get_alone(name: str) -> None:
-    model = build(name)
-    reference = Checkpoint.of(copy.deepcopy(model), byte_tokenizer())
+def own_layers(model: PreTrainedModel) -> PreTrainedModel:
+    """As transformers has it."""
+    return model
+
+
+def fused(model: PreTrainedModel) -> PreTrainedModel:
+    assert fuse(model)
+    assert all(isinstance(layer, FusedLayer) for layer in model.base_model.layers)
+    return model
+
+
+def packed(bits: int, *, keep_dense: bool) -> Callable[[PreTrainedModel], PreTrainedModel]:
+    """Fused, with packed weights; the model itself gets the values that these stand for."""
+
+    def make(model: PreTrainedModel) -> PreTrainedModel:
+        saved = {}
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and not module.out_features % 16:
+                saved[name] = PackedWeight.of(module.weight, bits)
+                module.weight.data = saved[name].dense()
+        made = copy.deepcopy(model)
+        assert fuse(made, Packing(saved=saved, keep_dense=keep_dense))
+        return made
+
+    return make
+
+
+LAYERS = {
+    "own layers": own_layers,
+    "fused": fused,
+    "int4": packed(4, keep_dense=False),
+    "int4 and dense": packed(4, keep_dense=True),
+    "int8": packed(8, keep_dense=False),
+}
+FUSIBLE = ["llama", "llama ungrouped", "llama tied", "mistral", "qwen2", "qwen3"]
+# The kernels for packed weights take bfloat16 alone on a GPU.
+PACKED = ["int4", "int4 and dense", "int8"] if DEVICE == "cpu" else []
+CASES = [
+    *((name, "own layers") for name in SIDE_BY_SIDE),
+    *((name, "fused") for name in FUSIBLE),
+    *((name, layers) for name in ("llama tied", "qwen2") for layers in PACKED),
+]
+
+
+@pytest.mark.parametrize(("name", "layers"), CASES)
+def test_32_requests_that_come_and_go_get_the_ids_they_would_get_alone(
+    name: str, layers: str
+) -> None:
+    untouched = build(name)
+    model = LAYERS[layers](untouched if layers in PACKED else copy.deepcopy(untouched))
+    reference = Checkpoint.of(untouched, byte_tokenizer())
     checkpoint = Checkpoint.of(model, byte_tokenizer())
     runner = runner_for(model, checkpoint.context_length, max_concurrent=6)
     assert isinstance(runner, ModelRunner)
@@ -229,7 +285,9 @@ def test_greedy_equals_transformers_generate_with_a_cold_and_a_warm_cache() -> N
         Checkpoint.of(model, byte_tokenizer()), runner=runner_for(model, 256, max_concurrent=3)
     )
     prompt = [random.Random(3).randrange(258) for _ in range(50)]
-    whole = untouched.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+    whole = untouched.generate(
+        torch.tensor([prompt], device=DEVICE), max_new_tokens=20, do_sample=False
+    )
     expected = whole[0, len(prompt) :].tolist()
     for cached in (0, 49, 49):
         sequence = engine.submit(prompt, SamplingParams(temperature=0, max_new_tokens=20)).sequence
@@ -239,9 +297,19 @@ def test_greedy_equals_transformers_generate_with_a_cold_and_a_warm_cache() -> N
         assert sequence.output_ids == expected
 
 
+@pytest.mark.parametrize("name", ["gemma", "gemma3", "phi3"])
+def test_a_model_of_another_shape_keeps_its_own_layers(name: str) -> None:
+    model = build(name)
+    layers = list(model.base_model.layers)
+    assert not fuse(model)
+    assert list(model.base_model.layers) == layers
+
+
 def test_eight_chats_of_ten_turns_at_once_are_each_as_if_alone(demo: Checkpoint) -> None:
     """The real model, in float32: its histories grow in the slots, and are found there."""
-    model = copy.deepcopy(demo.model).float()
+    untouched = AutoModelForCausalLM.from_pretrained(demo_model_directory(), dtype=torch.float32)
+    reference = Checkpoint.of(untouched, demo.tokenizer)
+    model = fused(copy.deepcopy(untouched))
     checkpoint = Checkpoint.of(model, demo.tokenizer)
 
     def new_engine() -> Engine:
@@ -270,5 +338,5 @@ def test_eight_chats_of_ten_turns_at_once_are_each_as_if_alone(demo: Checkpoint)
             while cold.step():
                 pass
             for one in (*sequences, *again):
-                equal.append(assert_same(checkpoint, one))
+                equal.append(assert_same(reference, one))
     assert sum(equal) > 0.9 * len(equal)

@@ -1,0 +1,71 @@
+"""The packed weights of a GGUF file, taken over as they are.
+
+Source: the block formats of ggml (Q4_0, Q4_1, Q8_0), ggml-common.h.
+"""
+
+from pathlib import Path
+
+import numpy
+import torch
+from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFReader, get_tensor_name_map
+
+from stream_generator.quantization import GROUP, MIDDLE, PackedWeight
+
+# Bytes of a block of 32 weights: a scale, for Q4_1 a minimum, then the values.
+_HEADERS = {
+    GGMLQuantizationType.Q4_0: 2,
+    GGMLQuantizationType.Q4_1: 4,
+    GGMLQuantizationType.Q8_0: 2,
+}
+
+
+def packed_weights(path: Path, names: list[str]) -> dict[str, PackedWeight]:
+    """Those of a model's linear layers, by the names of its modules, that the file has packed.
+
+    Raises `ValueError` for an architecture that the `gguf` package does not know.
+    """
+    reader = GGUFReader(path)
+    architecture = reader.fields["general.architecture"].contents()
+    kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+    if architecture not in kinds:
+        raise ValueError(f"unknown GGUF architecture {architecture}")
+    layers = reader.fields[f"{architecture}.block_count"].contents()
+    in_file = get_tensor_name_map(kinds[architecture], layers)
+    tensors = {tensor.name.removesuffix(".weight"): tensor for tensor in reader.tensors}
+    heads = reader.fields[f"{architecture}.attention.head_count"].contents()
+    key_heads = reader.fields[f"{architecture}.attention.head_count_kv"].contents()
+    interleaved = {"q_proj": heads, "k_proj": key_heads} if architecture == "llama" else {}
+    weights = {}
+    for name in names:
+        tensor = tensors.get(in_file.get_name(name) or "")
+        if tensor is None and name == "lm_head":
+            tensor = tensors.get("token_embd")  # shared with the embedding
+        if tensor is None or tensor.tensor_type not in _HEADERS:
+            continue
+        count = interleaved.get(name.rpartition(".")[2])
+        weights[name] = _weight(tensor.data, tensor.tensor_type, count)
+    return weights
+
+
+def _weight(
+    data: numpy.ndarray, kind: GGMLQuantizationType, interleaved_heads: int | None
+) -> PackedWeight:
+    """data: uint8 [out, bytes]."""
+    rows = torch.from_numpy(numpy.array(data))
+    if interleaved_heads:
+        # llama.cpp's Llama pairs neighbours of a head for rotary positions, transformers its halves
+        rows = rows.unflatten(0, (interleaved_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    header = _HEADERS[kind]
+    bits = 8 if kind == GGMLQuantizationType.Q8_0 else 4
+    blocks = rows.unflatten(1, (-1, header + GROUP * bits // 8))
+    head = blocks[:, :, :header].contiguous().view(torch.float16).float()
+    body = blocks[:, :, header:].contiguous()
+    scales = head[:, :, 0].bfloat16()
+    if bits == 8:
+        return PackedWeight(8, body.view(torch.int8).flatten(1), scales)
+    values = torch.cat((body & 15, body >> 4), dim=2).view(torch.int8).flatten(1) - MIDDLE
+    if kind == GGMLQuantizationType.Q4_0:
+        return PackedWeight(4, values, scales, torch.zeros_like(scales))
+    # d value + m, with the value counted from -8
+    zeros = (head[:, :, 1] + MIDDLE * head[:, :, 0]).bfloat16()
+    return PackedWeight(4, values, scales, zeros)

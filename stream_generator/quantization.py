@@ -1,0 +1,206 @@
+"""Packed weights: four or eight bits each, multiplied as they are by PyTorch's own kernels.
+
+A step for a few rows spends its time reading weights, so fewer bytes mean more tokens a second.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stream_generator.linear import Linear, PlainLinear
+
+logger = logging.getLogger(__name__)
+
+GROUP = 32  # consecutive inputs that share a scale, as in GGUF's blocks
+MIDDLE = 8  # the kernels take a value as (value - 8) * scale + zero
+
+# The most of the free memory that dense weights beside packed ones may take.
+DENSE_SHARE = 1 / 16
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight [out, in] in groups of 32 inputs: values * scale + zero.
+
+    values: int8 [out, in], -8 to 7 for four bits. scales: bfloat16 [out, in / 32]. zeros: the
+    same; None: all 0.
+    """
+
+    bits: int
+    values: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+
+    # Up to so many rows the packed product beats the dense one, where both are there: packed, a
+    # product is bound by arithmetic and grows with the rows; dense, by memory (performance.md).
+    FEW_ROWS: ClassVar = {4: 8, 8: 2}
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bits: int) -> Self:
+        """The nearest values between the least and the greatest weight of each group.
+
+        With eight bits, between the greatest and its negative, so that there are no zeros.
+        """
+        groups = weight.detach().float().unflatten(1, (-1, GROUP))
+        if bits == 8:
+            scales = (groups.abs().amax(dim=2) / 127).clamp_min(1e-8).bfloat16()
+            values = (groups / scales.float()[..., None]).round().clamp(-128, 127)
+            return cls(8, values.to(torch.int8).flatten(1), scales)
+        low, high = groups.amin(dim=2), groups.amax(dim=2)
+        scales = ((high - low) / 15).clamp_min(1e-8).bfloat16()
+        zeros = (low + MIDDLE * scales.float()).bfloat16()
+        values = (groups - zeros.float()[..., None]) / scales.float()[..., None]
+        return cls(4, values.round().clamp(-8, 7).to(torch.int8).flatten(1), scales, zeros)
+
+    @classmethod
+    def joined(cls, weights: "list[PackedWeight]") -> "PackedWeight":
+        """Several with the same inputs, as one with all their outputs."""
+        zeros = [w.zeros for w in weights if w.zeros is not None]
+        assert len({w.bits for w in weights}) == 1, "packed with different numbers of bits"
+        assert len(zeros) in (0, len(weights)), "some have zeros, others none"
+        return cls(
+            weights[0].bits,
+            torch.cat([w.values for w in weights]),
+            torch.cat([w.scales for w in weights]),
+            torch.cat(zeros) if zeros else None,
+        )
+
+    def dense(self) -> torch.Tensor:
+        """float32 [out, in]"""
+        groups = self.values.float().unflatten(1, (-1, GROUP)) * self.scales.float()[..., None]
+        if self.zeros is not None:
+            groups += self.zeros.float()[..., None]
+        return groups.flatten(1)
+
+
+class PackedLinear(PlainLinear):
+    """A product with a `PackedWeight`, by the kernel for four bits.
+
+    Eight bits are two times four, v = 16 high + low, side by side along the inputs: the kernel for
+    eight bits has one scale for a whole output, which costs quality.
+    """
+
+    def __init__(
+        self, weight: PackedWeight, bias: torch.Tensor | None = None, dtype=torch.bfloat16
+    ):
+        values, scales, zeros = weight.values, weight.scales, weight.zeros
+        if zeros is None:
+            zeros = torch.zeros_like(scales)
+        self._twice = weight.bits == 8
+        if self._twice:
+            high, low = values >> 4, values & 15
+            values = torch.cat((high, low - MIDDLE), dim=1)
+            zeros = torch.cat((torch.zeros_like(zeros), zeros + MIDDLE * scales), dim=1)
+            scales = torch.cat((16 * scales, scales), dim=1)
+        self._scales_and_zeros = torch.stack((scales.T, zeros.T), dim=2).to(dtype).contiguous()
+        self._bias = bias
+        raw = values + MIDDLE  # 0 to 15
+        if raw.device.type == "cpu":
+            self._product = torch.ops.aten._weight_int4pack_mm_for_cpu
+            self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(raw.int(), 1)
+        else:
+            self._product = torch.ops.aten._weight_int4pack_mm
+            pairs = (raw[:, ::2] << 4 | raw[:, 1::2]).view(torch.uint8).contiguous()
+            self._weight = torch.ops.aten._convert_weight_to_int4pack(pairs, 2)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._twice:
+            x = torch.cat((x, x), dim=1)
+        y: torch.Tensor = self._product(x, self._weight, GROUP, self._scales_and_zeros)
+        return y if self._bias is None else y.add_(self._bias)
+
+
+class ByRows:
+    """The same product twice: packed for few rows, dense for many."""
+
+    def __init__(self, few: Linear, many: Linear, few_rows: int):
+        self._few, self._many, self._few_rows = few, many, few_rows
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._for(x)(x)
+
+    def silu(self, x: torch.Tensor) -> torch.Tensor:
+        return self._for(x).silu(x)
+
+    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self._for(x).times(x, other)
+
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self._for(x).plus(x, other)
+
+    def _for(self, x: torch.Tensor) -> Linear:
+        return self._few if len(x) <= self._few_rows else self._many
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the linear layers of a model are packed.
+
+    bits: 4 or 8, of what `saved` does not hold; 0: that stays dense. saved: by the names of the
+    model's modules. keep_dense: keep the dense weights too, for many rows.
+    """
+
+    bits: int = 0
+    saved: Mapping[str, PackedWeight] = field(default_factory=dict)
+    keep_dense: bool = False
+
+    def pack(self, named: dict[str, nn.Linear], dense: Linear, *, least_bits: int = 4) -> Linear:
+        """The product with all these side by side, packed; `dense`, if they are not to be packed.
+
+        named: linear layers with the same inputs, by their names in the model.
+        """
+        linears = list(named.values())
+        first = linears[0].weight
+        # What the kernels can take: 16 outputs and a group of inputs at a time.
+        if any(x.out_features % 16 or x.in_features % GROUP for x in linears):
+            return dense
+        weights = [self.saved.get(name) for name in named]
+        if any(weight is None for weight in weights):
+            if not self.bits:
+                return dense
+            weights = [PackedWeight.of(x.weight, max(self.bits, least_bits)) for x in linears]
+        weight = PackedWeight.joined([w for w in weights if w is not None])
+        bias = None
+        if linears[0].bias is not None:
+            bias = torch.cat([x.bias for x in linears]).detach()
+        few = PackedLinear(weight, bias, first.dtype)
+        few_rows = PackedWeight.FEW_ROWS[weight.bits]
+        return ByRows(few, dense, few_rows) if self.keep_dense else few
+
+
+def save_packed(weights: Mapping[str, PackedWeight], path: Path) -> None:
+    """Write packed weights, by the names of the model's modules; four bits are two to a byte."""
+    tensors = {}
+    for name, weight in weights.items():
+        values = weight.values
+        if weight.bits == 4:
+            raw = (values + MIDDLE).view(torch.uint8)
+            values = raw[:, ::2] | raw[:, 1::2] << 4
+        tensors[f"{name}.values{weight.bits}"] = values.contiguous()
+        tensors[f"{name}.scales"] = weight.scales
+        if weight.zeros is not None:
+            tensors[f"{name}.zeros"] = weight.zeros
+    save_file(tensors, path)
+
+
+def load_packed(path: Path) -> dict[str, PackedWeight]:
+    """What `save_packed` has written."""
+    tensors = load_file(path)
+    weights = {}
+    for key, values in tensors.items():
+        name, _, kind = key.rpartition(".")
+        if kind == "values4":
+            values = torch.stack((values & 15, values >> 4), dim=2).flatten(1)
+            values = values.view(torch.int8) - MIDDLE
+        elif kind != "values8":
+            continue
+        weights[name] = PackedWeight(
+            int(kind[-1]), values, tensors[f"{name}.scales"], tensors.get(f"{name}.zeros")
+        )
+    return weights

@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         # Read when torch is imported. See docs/performance.md: with GNU OpenMP's own figure one
         # busy neighbour on the machine slows each token twentyfold.
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     # Imported here, so that --help and a mistyped flag answer at once.
     from stream_service.server import Server, bind
 
@@ -135,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         if page is not None:
             page.terminate()
             page.wait()
-    return 0
+    return 1 if engine.failed else 0
 
 
 def _start_page(args: argparse.Namespace, address: str) -> "subprocess.Popen[bytes]":

@@ -1,7 +1,11 @@
 """Messages to prompt ids: the checkpoint's own chat template, and no way to forge a turn."""
 
+import bisect
+import functools
+import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from jinja2 import TemplateError
@@ -17,6 +21,15 @@ class Message(TypedDict):
 
     role: str  # "system", "user" or "assistant"
     content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Prompt ids, and how much of the conversation they leave out."""
+
+    ids: list[int]
+    trimmed_messages: int = 0
+    trimmed_tokens: int = 0
 
 
 class ChatFormat:
@@ -40,6 +53,32 @@ class ChatFormat:
         ]
         self._special_pattern = _any_of(self._special)
         self._control_pattern = _any_of([*self._special, *flagged_nowhere])
+
+    def fit(self, messages: list[Message], context_length: int) -> Prompt:
+        """The prompt of `messages`, without the oldest turns where the context would be too full.
+
+        An eighth of the context at least is left for the reply. System messages at the beginning
+        stay, and so does the last turn, whatever its length. What goes, goes by quarters of the
+        context: so the turns of a growing conversation begin alike until another quarter must go,
+        and what is computed of the one serves the next. Raises as `encode` does.
+        """
+        ids = self.encode(messages)
+        excess = len(ids) - context_length * 7 // 8
+        head = next((n for n, m in enumerate(messages) if m["role"] != "system"), len(messages))
+        starts = [n for n, m in enumerate(messages) if m["role"] == "user" and n > head]
+        if excess <= 0 or not starts:
+            return Prompt(ids)
+        quarter = max(context_length // 4, 1)
+        goal = len(ids) - math.ceil(excess / quarter) * quarter
+
+        @functools.cache
+        def without(start: int) -> list[int]:
+            return self.encode(messages[:head] + messages[start:])
+
+        first = bisect.bisect_left(starts, True, key=lambda start: len(without(start)) <= goal)
+        start = starts[min(first, len(starts) - 1)]
+        kept = without(start)
+        return Prompt(kept, start - head, len(ids) - len(kept))
 
     def encode(self, messages: list[Message]) -> list[int]:
         """The prompt ids of `messages`, ready for the assistant's reply.

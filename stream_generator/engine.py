@@ -60,6 +60,7 @@ class Engine:
         self._scheduler = Scheduler()
         self._errands: list[tuple[Callable[[], None], Future[None]]] = []
         self._closing = self._serving = False
+        self.failed = False  # whether the engine itself has failed, not a request
         self._thread: threading.Thread | None = None
         self._prefixes = PrefixCache(self._runner.slots)  # of the computing thread alone
 
@@ -71,30 +72,52 @@ class Engine:
         Raises `PromptTooLong` or `InvalidRequest` for what can't be served, `QueueFull`,
         `EngineClosed` or `DuplicateRequest` for what can't be served now.
         """
+        return self.submit_several(prompt_ids, params, 1, request_id)[0]
+
+    def submit_several(
+        self,
+        prompt_ids: Iterable[int],
+        params: SamplingParams,
+        n: int,
+        request_id: str | None = None,
+    ) -> list[TokenStream]:
+        """Ask for `n` replies to one prompt, which is computed once; all are taken in, or none.
+
+        Where `params` name a seed, reply i has the seed plus i. The ids of the replies after the
+        first end in "-1", "-2" and so on. Raises as `submit` does.
+        """
         if params.logprobs is not None and not self._runner.has_logprobs:
             raise InvalidRequest(
                 "this model runs one request at a time and tells no log-probabilities; leave "
                 "logprobs out",
                 param="logprobs",
             )
-        sequence = self.checkpoint.new_sequence(
-            prompt_ids, params, request_id=request_id or uuid.uuid4().hex
-        )
-        stream = TokenStream(sequence, self.abort)
+        prompt, first_id = list(prompt_ids), request_id or uuid.uuid4().hex
+        streams = [
+            TokenStream(
+                self.checkpoint.new_sequence(
+                    prompt, _with_seed(params, i), request_id=f"{first_id}-{i}" if i else first_id
+                ),
+                self.abort,
+            )
+            for i in range(n)
+        ]
         with self._changed:
             if self._closing:
                 raise EngineClosed("the service is shutting down; send the request again later")
-            if sequence.id in self._streams:
-                raise DuplicateRequest(f"a request with the id {sequence.id} is still running")
+            for stream in streams:
+                if stream.id in self._streams:
+                    raise DuplicateRequest(f"a request with the id {stream.id} is still running")
             ahead = len(self._scheduler.waiting)
-            if ahead >= self.max_waiting + self._prefixes.free:
+            if ahead + n > self.max_waiting + self._prefixes.free:
                 raise QueueFull(f"{ahead} requests are waiting already; try again in a while")
-            self._streams[sequence.id] = stream
-            self._scheduler.add(sequence)
-            if (position := ahead + 1 - self._prefixes.free) > 0:
-                stream.put(QueuePosition(position))
+            for stream in streams:
+                self._streams[stream.id] = stream
+                self._scheduler.add(stream.sequence)
+                if (position := len(self._scheduler.waiting) - self._prefixes.free) > 0:
+                    stream.put(QueuePosition(position))
             self._changed.notify()
-        return stream
+        return streams
 
     def abort(self, sequence: Sequence) -> None:
         """End a request whose reader has left, when the step in progress ends."""
@@ -129,7 +152,7 @@ class Engine:
                 self.step()
         except BaseException:
             logger.exception("the engine failed; restart the service")
-            reason = "the engine failed; the service must be restarted"
+            reason, self.failed = "the engine failed; the service must be restarted", True
         finally:
             self._serving = False
             self._fail_all(reason)
@@ -215,6 +238,8 @@ class Engine:
             started = time.perf_counter()
             try:
                 first = self._runner.prefill(plan.prefill, plan.chunk)
+            except torch.AcceleratorError:
+                raise  # the device is lost for this process: nothing would ever succeed again
             except Exception as error:  # of this prompt alone: nothing else was computed with it
                 first = _failure(plan.prefill, error)
             self._scheduler.pace.record_prefill(time.perf_counter() - started, plan.chunk)
@@ -233,6 +258,8 @@ class Engine:
         started = time.perf_counter()
         try:
             sampled = self._runner.decode(sequences)
+        except torch.AcceleratorError:
+            raise
         except Exception as error:
             if len(sequences) == 1:
                 return [(sequences[0], _failure(sequences[0], error))]
@@ -292,6 +319,12 @@ class Engine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _with_seed(params: SamplingParams, offset: int) -> SamplingParams:
+    if params.seed is None or not offset:
+        return params
+    return params.model_copy(update={"seed": params.seed + offset})
 
 
 def _taken(sequence: Sequence, sampled: Sampled) -> TokenOutput:

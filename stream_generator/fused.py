@@ -268,8 +268,8 @@ def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
         try:
             fused = FusedLayer(layer)
             _check(fused, layer, base.rotary_emb)
-        except (NotFusible, AttributeError) as reason:
-            stayed.setdefault(str(reason), []).append(index)
+        except (NotFusible, AttributeError) as error:
+            stayed.setdefault(str(error), []).append(index)
             continue
         fused.pack(layer, packing, names)
         layers[index] = fused

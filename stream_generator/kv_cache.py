@@ -125,9 +125,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         Returns keys and values: [rows, heads, key_length, size]. What lies beyond a row's own
         position is of no meaning, and masked.
         """
-        states = (key_states, value_states)
+        states = [key_states, value_states]
         if len(self._stores) == 1:
-            states = (torch.cat(states, dim=1),)
+            states = [torch.cat(states, dim=1)]
         rows = self.write(*(s.transpose(1, 2) for s in states))
         return self._read(self.keys, rows), self._read(self.values, rows)
 
@@ -236,7 +236,7 @@ def _places(rows: SlotRows, heads: int, context: int, device: torch.device) -> t
     """Where in [slots * heads * context] the new tokens go: int64 [rows * heads]."""
     slots, starts = torch.tensor([rows.slots, rows.starts], device=device)
     by_head = slots[:, None] * heads + torch.arange(heads, device=device)
-    return (by_head * context + starts[:, None]).flatten()
+    return torch.flatten(by_head * context + starts[:, None])
 
 
 def bytes_per_token(filled: Cache) -> int:

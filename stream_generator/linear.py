@@ -107,6 +107,6 @@ class LinearModule(nn.Module):
 
 def laid_out(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     """The `Linear` of this weight, float [out, in], that is fastest on its device."""
-    if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if weight.device.type == "cpu" and torch._C._has_mkldnn:
         return ReorderedLinear(weight, bias)
     return DenseLinear(weight, bias)

@@ -88,6 +88,9 @@ class ModelRunner:
         accepted = inspect.signature(self._model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._decoder = _decoder(model, context)
+        # cuDNN's attention prepares itself anew for each key length, which at every step is a new
+        # one: 60 ms for a step that takes 13 (docs/performance.md).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self._bytes = slots * context * bytes_per_token(filled)
 
     def describe(self) -> str:

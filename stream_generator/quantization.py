@@ -76,7 +76,8 @@ class PackedWeight:
         groups = self.values.float().unflatten(1, (-1, GROUP)) * self.scales.float()[..., None]
         if self.zeros is not None:
             groups += self.zeros.float()[..., None]
-        return groups.flatten(1)
+        dense: torch.Tensor = groups.flatten(1)
+        return dense
 
 
 class PackedLinear(PlainLinear):
@@ -87,7 +88,10 @@ class PackedLinear(PlainLinear):
     """
 
     def __init__(
-        self, weight: PackedWeight, bias: torch.Tensor | None = None, dtype=torch.bfloat16
+        self,
+        weight: PackedWeight,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ):
         values, scales, zeros = weight.values, weight.scales, weight.zeros
         if zeros is None:

@@ -14,6 +14,7 @@ from werkzeug.exceptions import (
     UnsupportedMediaType,
 )
 
+from stream_generator.chat import Prompt
 from stream_generator.checkpoint import Checkpoint
 from stream_generator.engine import Engine
 from stream_generator.errors import GenerationFailed, StreamGeneratorError
@@ -91,8 +92,9 @@ def create_app(engine: Engine) -> Flask:
     def stream() -> Response:
         form = _accepted_form()
         body = _read_body()
-        tokens = _submit(engine, body)
-        events = wire.events(tokens, checkpoint.name, body.history_after)
+        prompt = _prompt(engine, body)
+        tokens = engine.submit(prompt.ids, body.sampling(), g.request_id)
+        events = wire.events(tokens, checkpoint.name, prompt, body.history_after)
         release = _watch(watcher, tokens)
         try:
             if form is wire.TEXT:
@@ -110,7 +112,8 @@ def create_app(engine: Engine) -> Flask:
     @app.post("/chat")
     def chat() -> Response:
         body = _read_body()
-        tokens = _submit(engine, body)
+        prompt = _prompt(engine, body)
+        tokens = engine.submit(prompt.ids, body.sampling(), g.request_id)
         release = _watch(watcher, tokens)
         try:
             for _ in tokens:
@@ -149,9 +152,9 @@ def _read_body() -> StreamRequest:
     return parse_stream_request(body)
 
 
-def _submit(engine: Engine, body: StreamRequest) -> TokenStream:
-    prompt_ids = engine.checkpoint.chat.encode(body.conversation())
-    return engine.submit(prompt_ids, body.sampling(), g.request_id)
+def _prompt(engine: Engine, body: StreamRequest) -> Prompt:
+    checkpoint = engine.checkpoint
+    return checkpoint.chat.fit(body.conversation(), checkpoint.context_length)
 
 
 def _watch(watcher: DisconnectWatcher, tokens: TokenStream) -> Callable[[], None]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from stream_generator.chat import Prompt
 from stream_generator.errors import GenerationFailed
 from stream_generator.sequence import Choice, QueuePosition, Sequence
 from stream_generator.token_stream import TokenStream
@@ -54,14 +55,14 @@ FORMS = {form.content_type: form for form in (TEXT, NDJSON, SSE)}
 
 
 def events(
-    stream: TokenStream, model: str, history_after: Callable[[str], list[Any]]
+    stream: TokenStream, model: str, prompt: Prompt, history_after: Callable[[str], list[Any]]
 ) -> Iterator[Event | None]:
     """The events of one request, in order; None where nothing came for a heartbeat's time.
 
     history_after: from the reply's text to the history that the next query is to bring along.
     The last event is "end" or "error", and nothing follows it.
     """
-    yield start_event(stream.sequence, model)
+    yield start_event(stream.sequence, model, prompt)
     is_first = True
     while True:
         try:
@@ -98,12 +99,13 @@ def logprobs(choice: Choice | None) -> dict[str, Any]:
     }
 
 
-def start_event(sequence: Sequence, model: str) -> Event:
+def start_event(sequence: Sequence, model: str, prompt: Prompt) -> Event:
     return {
         "event": "start",
         "id": sequence.id,
         "model": model,
         "prompt_tokens": len(sequence.prompt_ids),
+        "trimmed": {"messages": prompt.trimmed_messages, "tokens": prompt.trimmed_tokens},
     }
 
 

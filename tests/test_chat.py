@@ -1,5 +1,6 @@
 """The template's own ids for ordinary conversations, and no forged turn in any."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -138,3 +139,60 @@ def test_a_replys_own_unflagged_tokens_are_left_to_the_template() -> None:
         {"role": "user", "content": "a"},
     ]
     assert tokenizer.decode(ChatFormat(tokenizer).encode(messages)) == "said|a|</think>"
+
+
+def conversation(turns: int, *, system: bool = True) -> list[Message]:
+    """A system message, so many finished turns of about 50 tokens each, and a question."""
+    messages: list[Message] = [{"role": "system", "content": "Be brief."}] if system else []
+    for n in range(turns):
+        messages.append({"role": "user", "content": f"{n}: " + "x" * 20})
+        messages.append({"role": "assistant", "content": "y" * 20})
+    return [*messages, {"role": "user", "content": "And now?"}]
+
+
+def test_a_conversation_that_fits_is_left_whole() -> None:
+    format = ChatFormat(byte_tokenizer())
+    messages = conversation(3)
+    prompt = format.fit(messages, 10_000)
+    assert prompt.ids == format.encode(messages)
+    assert (prompt.trimmed_messages, prompt.trimmed_tokens) == (0, 0)
+
+
+@pytest.mark.parametrize("system", [True, False])
+@pytest.mark.parametrize("context_length", [200, 400, 1000])
+def test_what_is_trimmed_are_the_oldest_whole_turns_and_it_is_told(
+    context_length: int, system: bool
+) -> None:
+    format = ChatFormat(byte_tokenizer())
+    messages = conversation(40, system=system)
+    prompt = format.fit(messages, context_length)
+    head = messages[: int(system)]
+    assert prompt.trimmed_messages > 0
+    kept = [*head, *messages[len(head) + prompt.trimmed_messages :]]
+    assert kept[len(head)]["role"] == "user"
+    assert prompt.ids == format.encode(kept)
+    assert prompt.trimmed_tokens == len(format.encode(messages)) - len(prompt.ids)
+    assert len(prompt.ids) <= context_length * 7 / 8
+
+
+def test_a_growing_conversation_keeps_its_beginning_until_a_quarter_goes() -> None:
+    format = ChatFormat(byte_tokenizer())
+    context_length = 800
+    prompts = [format.fit(conversation(n), context_length) for n in range(60)]
+    trimmed = [prompt for prompt in prompts if prompt.trimmed_messages]
+    beginnings = [prompt.trimmed_messages for prompt in trimmed]
+    assert beginnings == sorted(beginnings)
+    # A turn has 62 tokens here: a quarter of the context is three turns or four.
+    assert len(set(beginnings)) <= len(beginnings) / 3 + 1
+    for before, after in itertools.pairwise(trimmed):
+        if before.trimmed_messages == after.trimmed_messages:
+            common = len(before.ids) - len(b"user:And now?<|turn|>assistant:")
+            assert after.ids[: common // 2] == before.ids[: common // 2]
+
+
+def test_the_last_turn_stays_whatever_its_length() -> None:
+    format = ChatFormat(byte_tokenizer())
+    messages = [*conversation(3)[:-1], *user("z" * 500)]
+    prompt = format.fit(messages, 300)
+    assert prompt.ids == format.encode([messages[0], messages[-1]])
+    assert format.fit(user("z" * 500), 300).ids == format.encode(user("z" * 500))

@@ -552,3 +552,59 @@ def test_a_stream_that_has_ended_ends_again_when_it_is_iterated_again(engine: En
         pass
     assert text(stream) == "abc"
     assert text(stream) == ""
+
+
+def test_several_replies_to_one_prompt_compute_it_once_and_are_those_of_each_seed() -> None:
+    checkpoint = Checkpoint.of(tiny_llama(vocab_size=258), byte_tokenizer())
+    params = SamplingParams(seed=5, temperature=2.0, max_new_tokens=8)
+    engine = engine_of(checkpoint, slots=4, max_waiting=0)
+    together = engine.submit_several(PROMPT, params, 4, "r")
+    assert [stream.id for stream in together] == ["r", "r-1", "r-2", "r-3"]
+    while engine.step():
+        pass
+    cached = [stream.sequence.cached_tokens for stream in together]
+    assert cached == [0, *[len(PROMPT) - 1] * 3]
+    replies = [stream.sequence.output_ids for stream in together]
+    for n, ids in enumerate(replies):
+        alone = engine_of(checkpoint, slots=1)
+        stream = alone.submit(PROMPT, params.model_copy(update={"seed": 5 + n}))
+        while alone.step():
+            pass
+        assert stream.sequence.output_ids == ids
+    assert len(set(map(tuple, replies))) > 1
+
+
+def test_several_replies_are_taken_in_all_or_none(engine: Engine) -> None:
+    with pytest.raises(QueueFull):
+        engine.submit_several(PROMPT, SamplingParams(), 5)
+    assert not engine.step()
+    submit(engine, "x-1")
+    with pytest.raises(DuplicateRequest):
+        engine.submit_several(PROMPT, SamplingParams(), 2, "x")
+    assert len(engine.submit_several(PROMPT, SamplingParams(), 3)) == 3
+
+
+@pytest.mark.parametrize("when", ["prompt", "reply"])
+def test_a_lost_device_ends_the_engine_at_once_and_everybody_is_told(when: str) -> None:
+    """After an illegal access, say, nothing succeeds on a GPU any more in this process."""
+
+    def next_id(ids: list[int]) -> int:
+        if when == "prompt" or ids[-1] == ord("a"):
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        return ord("a")
+
+    def after_the_probe(ids: list[int]) -> int:
+        return (
+            next_id(ids) if bytes(i for i in ids if i < 256).endswith(b":") or ids[-1] == 97 else 1
+        )
+
+    engine = engine_of(fake_checkpoint(after_the_probe), slots=2)
+    streams = [submit(engine), submit(engine)]
+    engine.run()
+    assert engine.failed
+    assert not engine.healthy
+    for stream in streams:
+        with pytest.raises(GenerationFailed, match="restarted"):
+            list(stream)
+    with pytest.raises(EngineClosed):
+        submit(engine)

@@ -96,6 +96,7 @@ def test_events_come_in_order_and_joined_deltas_are_the_response(
         "id": response.headers["X-Request-Id"],
         "model": "fake",
         "prompt_tokens": len("user:a<assistant:b<user:hi<assistant:"),
+        "trimmed": {"messages": 0, "tokens": 0},
     }
     assert [d["delta"] for d in deltas] == ["", "", "虹", "!"]
     assert not any(d["finished"] for d in deltas)
@@ -414,3 +415,16 @@ def test_every_error_of_the_project_has_an_answer_and_none_is_long() -> None:
         assert len(body["error"]["message"]) == MAX_MESSAGE
         body, _ = answer(kind("彩🌈" * 3000), "id")
         assert len(json.dumps(body)) < 2048
+
+
+def test_a_history_that_fills_the_context_is_trimmed_and_the_start_event_says_so(
+    serve: ServiceFactory,
+) -> None:
+    url = serve(fake_checkpoint(says("ok"), context_length=200)).url
+    history = [["x" * 40, "y" * 40]] * 5
+    start, *_, end = ndjson(post(url, accept=FORMS[1], history=history))
+    assert start["trimmed"]["messages"] % 2 == 0
+    assert start["trimmed"]["messages"] > 0
+    assert start["prompt_tokens"] + start["trimmed"]["tokens"] > 200
+    assert end["response"] == "ok"
+    assert end["history"] == [*history, ["hi", "ok"]], "the client keeps all of it"

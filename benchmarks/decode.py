@@ -1,0 +1,155 @@
+"""How long does a step take, without HTTP: decoding for some rows, and a prompt?
+
+    python benchmarks/decode.py                    # the demo model, each way of packing
+    python benchmarks/decode.py --random-llama 8b  # the shape of Llama 3 8B, with random weights
+
+Beside it, in the same run, transformers' own layers in the same engine, and transformers'
+`generate` for one row. Prints medians with the 10th and 90th percentile, and writes
+benchmarks/results/NAME.json. `floor_ms` is what reading all weights once would take at the
+machine's own speed, measured by adding up a large tensor.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from typing import Any
+
+import torch
+from late_tokens import RESULTS, machine
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from stream_generator.checkpoint import free_memory, load_checkpoint
+from stream_generator.fused import fuse
+from stream_generator.model_runner import runner_for
+from stream_generator.quantization import DENSE_SHARE, Packing
+from stream_generator.sampler import generator_for
+from stream_generator.sampling_params import SamplingParams
+from stream_generator.sequence import Sequence
+
+UNUSED: Any = None  # nothing is turned into text here
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+    },
+    "1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+        "max_position_embeddings": 8192, "head_dim": 64, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--random-llama", choices=SHAPES)
+    parser.add_argument("--modes", nargs="+", default=["own", "none", "int4", "int8"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--prompt", type=int, default=70)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--name", default="decode")
+    args = parser.parse_args()
+    report: dict[str, Any] = {"machine": machine(), "settings": vars(args), "results": {}}
+    if DEVICE == "cuda":
+        report["machine"]["gpu"] = torch.cuda.get_device_name()
+    speed = bytes_per_second()
+    report["bytes_per_second"] = speed
+    for mode in args.modes:
+        model = build(args.random_llama, mode)
+        result = measure(model, args)
+        report["results"][mode] = result
+        print(mode, json.dumps(result), flush=True)
+        del model
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def build(shape: str | None, mode: str) -> PreTrainedModel:
+    if shape is None and mode not in ("own", "generate"):
+        return load_checkpoint(quantize=mode).model
+    if shape is None:
+        from transformers import AutoModelForCausalLM
+
+        from stream_generator.demo_model import demo_model_directory
+
+        return AutoModelForCausalLM.from_pretrained(demo_model_directory(), dtype=torch.bfloat16)
+    with torch.device(DEVICE):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
+        torch.set_default_dtype(torch.float32)
+    if mode != "own":
+        dense = sum(p.nbytes for p in model.parameters())
+        keep = dense <= free_memory(model.device) * DENSE_SHARE
+        fuse(model, Packing({"int4": 4, "int8": 8}.get(mode, 0), keep_dense=keep))
+    return model
+
+
+def measure(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
+    runner = runner_for(model, 8192, max_concurrent=max(args.rows), max_context=2048)
+    result: dict[str, Any] = {"runner": type(runner).__name__}
+    for rows in args.rows:
+        sequences = []
+        for row in range(rows):
+            params = SamplingParams(
+                temperature=0.6, top_p=0.9, seed=row, max_new_tokens=args.steps + 20
+            ).resolved(SamplingParams(), room=1000, seed=row)
+            sequence = Sequence(
+                str(row), [100 + (row * 7 + i) % 1000 for i in range(args.prompt)], params,
+                (), 2048, UNUSED, generator=generator_for(row),
+            )  # fmt: skip
+            sequence.start(row, 0)
+            first: Any = runner.prefill(sequence, args.prompt)
+            sequence.output_ids.append(first.token_id)
+            sequences.append(sequence)
+        times = []
+        for step in range(args.steps + 5):
+            began = time.perf_counter()
+            choices: list[Any] = runner.decode(sequences)
+            for sequence, choice in zip(sequences, choices, strict=True):
+                sequence.output_ids.append(choice.token_id)
+                sequence.number = None
+            if step >= 5:
+                times.append((time.perf_counter() - began) * 1000)
+        result[f"{rows} rows"] = spread(times)
+    for length in (args.prompt, 1500):
+        times = []
+        for _ in range(4):
+            sequence = copy.copy(sequences[0])
+            sequence.prompt_ids = [100 + i % 1000 for i in range(length)]
+            sequence.computed = 0
+            began = time.perf_counter()
+            while runner.prefill(sequence, min(512, length - sequence.computed)) is None:
+                pass
+            times.append((time.perf_counter() - began) * 1000)
+        result[f"prompt of {length}"] = spread(times[1:])
+    return result
+
+
+def bytes_per_second() -> float:
+    """How fast this machine reads memory: the best of a few sums over 1 GB."""
+    data = torch.zeros(1 << 27, dtype=torch.int64, device=DEVICE)
+    best = 1e9
+    for _ in range(5):
+        began = time.perf_counter()
+        data.sum().item()
+        best = min(best, time.perf_counter() - began)
+    return data.nbytes / best
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    ordered = sorted(times)
+    return {
+        "ms": round(statistics.median(ordered), 2),
+        "p10": round(ordered[len(ordered) // 10], 2),
+        "p90": round(ordered[len(ordered) * 9 // 10], 2),
+    }
+
+
+if __name__ == "__main__":
+    main()

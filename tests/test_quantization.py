@@ -1,0 +1,138 @@
+"""Packed weights mean what they say, and their kernels compute it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stream_generator.linear import DenseLinear, Linear, ReorderedLinear, laid_out
+from stream_generator.quantization import (
+    ByRows,
+    PackedLinear,
+    PackedWeight,
+    Packing,
+    load_packed,
+    save_packed,
+)
+
+BITS = pytest.mark.parametrize("bits", [4, 8])
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-4 * float(b.std()))
+
+
+@BITS
+@pytest.mark.parametrize("rows", [1, 3, 8, 33])
+def test_a_packed_product_is_the_product_with_the_weights_it_stands_for(
+    bits: int, rows: int
+) -> None:
+    weight, bias, x = PackedWeight.of(random(48, 96), bits), random(48), random(rows, 96)
+    y = PackedLinear(weight, bias, torch.float32)(x)
+    assert close(y, x @ weight.dense().T + bias)
+
+
+@BITS
+def test_a_weight_is_off_by_half_a_step_at_most_and_the_rounding_of_its_scale(bits: int) -> None:
+    weight = random(64, 128)
+    groups = weight.unflatten(1, (-1, 32))
+    span = groups.amax(2) - groups.amin(2) if bits == 4 else 2 * groups.abs().amax(2)
+    steps = span / (15 if bits == 4 else 254)
+    error = (PackedWeight.of(weight, bits).dense() - weight).unflatten(1, (-1, 32)).abs().amax(2)
+    # bfloat16 keeps 8 bits: of the scale, over 15 or 127 steps, and of the zero.
+    assert (error <= steps * (0.5 + (15 if bits == 4 else 127) / 256 + 8 / 256)).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    values=st.lists(
+        st.floats(-100, 100, width=32) | st.sampled_from([0.0, 1e-30]), min_size=32, max_size=32
+    )
+)
+def test_any_finite_group_packs_to_finite_numbers(values: list[float]) -> None:
+    for bits in (4, 8):
+        assert PackedWeight.of(torch.tensor([values]), bits).dense().isfinite().all()
+
+
+@BITS
+def test_joined_weights_give_their_outputs_side_by_side(bits: int) -> None:
+    parts = [PackedWeight.of(random(n, 64), bits) for n in (16, 32)]
+    x = random(2, 64)
+    together = PackedLinear(PackedWeight.joined(parts), None, torch.float32)(x)
+    apart = [PackedLinear(part, None, torch.float32)(x) for part in parts]
+    assert close(together, torch.cat(apart, dim=1))
+
+
+@BITS
+def test_what_is_saved_is_what_is_loaded(bits: int, tmp_path: Path) -> None:
+    weights = {"a.b": PackedWeight.of(random(16, 64), bits), "c": PackedWeight.of(random(8, 32), 8)}
+    save_packed(weights, tmp_path / "packed.safetensors")
+    loaded = load_packed(tmp_path / "packed.safetensors")
+    assert loaded.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert loaded[name].bits == weight.bits
+        assert torch.equal(loaded[name].dense(), weight.dense())
+
+
+def named(linear: torch.nn.Linear) -> dict[str, torch.nn.Linear]:
+    return {"one": linear}
+
+
+def test_what_the_kernels_cannot_take_stays_dense() -> None:
+    for inputs, outputs in ((48, 16), (64, 24)):
+        linear = torch.nn.Linear(inputs, outputs)
+        dense = DenseLinear(linear.weight)
+        assert Packing(4).pack(named(linear), dense) is dense
+
+
+def test_what_is_not_asked_for_stays_dense_and_what_is_saved_is_taken() -> None:
+    linear = torch.nn.Linear(64, 16, bias=False)
+    dense = DenseLinear(linear.weight.detach())
+    assert Packing().pack(named(linear), dense) is dense
+    saved = {"one": PackedWeight.of(random(16, 64), 4)}
+    product = Packing(saved=saved).pack(named(linear), dense)
+    x = random(2, 64)
+    assert close(product(x), x @ saved["one"].dense().T)
+
+
+def test_few_rows_are_packed_and_many_dense() -> None:
+    one, two = torch.ones(1, 4), torch.full((1, 4), 2.0)
+
+    class Constant(DenseLinear):
+        def __init__(self, value: torch.Tensor):
+            self.value = value
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return self.value.expand(len(x), -1).clone()
+
+    product = ByRows(Constant(one), Constant(two), 3)
+    assert [float(product(torch.zeros(n, 2))[0, 0]) for n in (1, 3, 4)] == [1, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_every_layout_offers_the_same_products(
+    dtype: torch.dtype, rows: int, with_bias: bool
+) -> None:
+    packed = PackedWeight.of(random(32, 64) / 8, 8)
+    weight, x, other = (t.to(dtype) for t in (packed.dense(), random(rows, 64), random(rows, 32)))
+    bias = random(32).to(dtype) if with_bias else None
+    layouts: list[Linear] = [DenseLinear(weight, bias), laid_out(weight, bias)]
+    layouts += [PackedLinear(packed, bias, dtype), ByRows(layouts[0], layouts[1], 3)]
+    if torch._C._has_mkldnn:
+        assert isinstance(layouts[1], ReorderedLinear)
+    y = x.float() @ packed.dense().T + (0 if bias is None else bias.float())
+    expected = [y, torch.nn.functional.silu(y), y * other.float(), y + other.float()]
+    for linear in layouts:
+        made = [linear(x), linear.silu(x), linear.times(x, other), linear.plus(x, other)]
+        for ours, theirs in zip(made, expected, strict=True):
+            assert ours.dtype is dtype
+            error = float((ours.float() - theirs).abs().max())
+            assert error < (0.08 if dtype is torch.bfloat16 else 1e-4)

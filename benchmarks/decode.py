@@ -20,10 +20,8 @@ import torch
 from late_tokens import RESULTS, machine
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from stream_generator.checkpoint import free_memory, load_checkpoint
-from stream_generator.fused import fuse
+from stream_generator.checkpoint import load_checkpoint, make_lean
 from stream_generator.model_runner import runner_for
-from stream_generator.quantization import DENSE_SHARE, Packing
 from stream_generator.sampler import generator_for
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.sequence import Sequence
@@ -84,9 +82,7 @@ def build(shape: str | None, mode: str) -> PreTrainedModel:
         model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
         torch.set_default_dtype(torch.float32)
     if mode != "own":
-        dense = sum(p.nbytes for p in model.parameters())
-        keep = dense <= free_memory(model.device) * DENSE_SHARE
-        fuse(model, Packing({"int4": 4, "int8": 8}.get(mode, 0), keep_dense=keep))
+        make_lean(model, mode)
     return model
 
 

@@ -106,19 +106,25 @@ class Service:
         self._model = str(demo_model_directory())
 
     def __enter__(self) -> "Service":
+        peers = {"llama.cpp": "llama.cpp", "TextIteratorStreamer": "streamer"}
         if self.system == "ours":
             command = [sys.executable, str(ROOT / "llama3_service.py"), "-P", str(PORT)]
             command += ["--max-queue", "128"]
+        elif self.system in peers:
+            command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), peers[self.system]]
+            command += ["--port", str(PORT)]
         else:
             serve = str(Path(sys.executable).with_name("transformers"))
             command = [serve, "serve", self._model, "--port", str(PORT), "--host", "127.0.0.1"]
             command += ["--dtype", "bfloat16", *self.system.split()[2:]]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while True:
             assert self._process.poll() is None, f"{self.system} ended at its start"
             try:
-                requests.get(f"{self.url}/health", timeout=1)
-                return self
+                if requests.get(f"{self.url}/health", timeout=1).ok:
+                    return self
             except requests.RequestException:
                 time.sleep(0.1)
 
@@ -169,6 +175,12 @@ class Service:
                     yield json.loads(data)
 
 
+def question(number: int) -> str:
+    """About 70 tokens with the chat template, and no two alike from their beginning on."""
+    topic = TOPICS[number % len(TOPICS)]
+    return f"Question {number}: explain {topic}, in plain words for a child of ten, step by step."
+
+
 def text_of(event: dict[str, Any]) -> str:
     choices = event.get("choices") or [{}]
     return event.get("delta") or (choices[0].get("delta") or {}).get("content") or ""
@@ -214,14 +226,14 @@ class Load:
         if self._args.pause:
             self._stop.wait(rng.uniform(0, self._args.pause))
         while not self._stop.is_set():
-            self._send(Request(f"Explain {rng.choice(TOPICS)}.", TOKENS), rng)
+            self._send(Request(question(rng.randrange(10**6)), TOKENS), rng)
             if self._args.pause:
                 self._stop.wait(rng.expovariate(1 / self._args.pause))
 
     def _arrivals(self, rate: float) -> None:
         threads = []
         while not self._stop.wait(self._rng.expovariate(rate)):
-            request = Request(f"Explain {self._rng.choice(TOPICS)}.", TOKENS)
+            request = Request(question(self._rng.randrange(10**6)), TOKENS)
             threads.append(threading.Thread(target=self._send, args=(request, self._rng)))
             threads[-1].start()
         for thread in threads:

@@ -142,18 +142,22 @@ def load_checkpoint(source: str | None = None, quantize: str = "auto") -> Checkp
         raise CheckpointError(
             f"{source} lacks {len(missing)} of its weights ({missing[0]}, ...); download it again"
         )
-    _make_lean(model, Path(path) / PACKED_FILE, quantize)
+    make_lean(model, quantize, Path(path) / PACKED_FILE)
     checkpoint = Checkpoint.of(model, tokenizer, name)
     model.generation_config.stop_strings = None  # they are in the defaults now
     return checkpoint
 
 
-def _make_lean(model: PreTrainedModel, packed: Path, quantize: str) -> None:
-    """Fuse and pack the layers of `model`, where they are of a known shape."""
-    saved = load_packed(packed) if quantize != "none" and packed.is_file() else {}
+def make_lean(model: PreTrainedModel, quantize: str = "none", packed: Path | None = None) -> None:
+    """Fuse the layers of `model` where they are of a known shape, and pack their weights.
+
+    quantize: as `load_checkpoint` takes it. packed: a file of weights that are packed already.
+    """
+    saved = load_packed(packed) if packed and packed.is_file() and quantize != "none" else {}
     bits = {"int8": 8, "int4": 4}.get(quantize, 0)
     dense_bytes = sum(p.nbytes for p in model.parameters())
-    keep_dense = dense_bytes <= free_memory(model.device) * DENSE_SHARE
+    share = DENSE_SHARE.get(model.device.type, 0.0)
+    keep_dense = dense_bytes <= free_memory(model.device) * share
     fused = fuse(model, Packing(bits, saved, keep_dense))
     if bits and not fused:
         logger.warning("--quantize %s: %s has no layers to pack", quantize, type(model).__name__)

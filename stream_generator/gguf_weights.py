@@ -4,8 +4,8 @@ Source: the block formats of ggml (Q4_0, Q4_1, Q8_0), ggml-common.h.
 """
 
 from pathlib import Path
+from typing import Any
 
-import numpy
 import torch
 from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFReader, get_tensor_name_map
 
@@ -47,11 +47,9 @@ def packed_weights(path: Path, names: list[str]) -> dict[str, PackedWeight]:
     return weights
 
 
-def _weight(
-    data: numpy.ndarray, kind: GGMLQuantizationType, interleaved_heads: int | None
-) -> PackedWeight:
-    """data: uint8 [out, bytes]."""
-    rows = torch.from_numpy(numpy.array(data))
+def _weight(data: Any, kind: GGMLQuantizationType, interleaved_heads: int | None) -> PackedWeight:
+    """data: a NumPy array, uint8 [out, bytes]."""
+    rows = torch.tensor(data)
     if interleaved_heads:
         # llama.cpp's Llama pairs neighbours of a head for rotary positions, transformers its halves
         rows = rows.unflatten(0, (interleaved_heads, -1, 2)).transpose(1, 2).flatten(0, 2)

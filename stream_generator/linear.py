@@ -1,8 +1,7 @@
 """Linear layers in the layout that their kernel reads fastest.
 
-Every one offers the same four products, so that what follows a product in a transformer layer (an
-activation, a gate, the residual) is done while its result is still in registers, where the kernel
-can.
+Every one offers the same three products, so that what follows a product in a transformer layer (the
+gate, the residual) is done while its result is still in registers, where the kernel can.
 """
 
 from typing import Protocol
@@ -22,11 +21,8 @@ class Linear(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x W + b"""
 
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
-        """silu(x W + b)"""
-
-    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """(x W + b) * other"""
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """silu(first half of x W + b) * second half: [rows, out / 2]"""
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """x W + b + other"""
@@ -38,11 +34,9 @@ class PlainLinear:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.silu(self(x))
-
-    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return self(x).mul_(other)
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self(x).chunk(2, dim=1)
+        return functional.silu(gate).mul_(up)
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return self(x).add_(other)
@@ -58,7 +52,7 @@ class DenseLinear(PlainLinear):
         return functional.linear(x, self._weight, self._bias)
 
 
-class ReorderedLinear:
+class ReorderedLinear(PlainLinear):
     """A weight in oneDNN's own blocked layout, for a CPU.
 
     `functional.linear` would reorder it at each call.
@@ -69,26 +63,14 @@ class ReorderedLinear:
         self._bias = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._pointwise(x, "none")
-
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
-        return self._pointwise(x, "swish")
-
-    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return self._binary(x, other, "mul")
-
-    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return self._binary(x, other, "add")
-
-    def _pointwise(self, x: torch.Tensor, function: str) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._weight, self._bias, function, [], ""
+            x, self._weight, self._bias, "none", [], ""
         )
         return y
 
-    def _binary(self, x: torch.Tensor, other: torch.Tensor, function: str) -> torch.Tensor:
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-            x, other, self._weight, self._bias, function
+            x, other, self._weight, self._bias, "add"
         )
         return y
 

@@ -130,11 +130,8 @@ class ByRows:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._for(x)(x)
 
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
-        return self._for(x).silu(x)
-
-    def times(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return self._for(x).times(x, other)
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        return self._for(x).gated(x)
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return self._for(x).plus(x, other)

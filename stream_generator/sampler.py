@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,7 +28,6 @@ from stream_generator.sequence import Choice, Sequence
 # Of a vocabulary of 50,000 to 130,000 ids, nearly always these hold all that top-p leaves; finding
 # them costs a tenth of sorting all.
 PREFILTER = 256
-STRETCH = 32  # neighbouring ids, of which the highest alone is looked at first
 
 NOT_FINITE = (
     "the model returned NaN or infinite logits, or the sampling parameters forbid every token; "
@@ -122,11 +123,9 @@ def sample(logits: torch.Tensor, sequences: Rows[Sequence]) -> list[Sampled]:
         numbers[drawn] = torch.tensor(
             [_number(sequences[row]) for row in drawn], dtype=torch.float64
         )
-        temperatures = [sequences[row].params.temperature or 1.0 for row in drawn]
-        scores = (logits if all_drawn else logits[drawn]) / torch.tensor(
-            temperatures, device=logits.device
-        )[:, None]
-        ids, held = _draw_filtered(scores, [sequences[row] for row in drawn], numbers[drawn])
+        filters = _filters(tuple(_settings(sequences[row].params) for row in drawn), logits.device)
+        scores = (logits if all_drawn else logits[drawn]) / filters.temperatures
+        ids, held = _draw_filtered(scores, filters, numbers[drawn])
         chosen[drawn], certain[drawn] = ids, held
     packed = [chosen[:, None], finite[:, None], certain[:, None]]
     if own is not None:
@@ -208,72 +207,91 @@ def warpers(sequence: Sequence) -> LogitsProcessorList:
     return LogitsProcessorList(made)
 
 
+Settings = tuple[float, int, float, float, float]
+
+
+def _settings(params: SamplingParams) -> Settings:
+    """Temperature, top-k, top-p, min-p and typical-p, with the values that do nothing for None."""
+    return (
+        params.temperature or 1.0,
+        params.top_k or 0,
+        params.top_p or 1.0,
+        params.min_p or 0.0,
+        params.typical_p or 1.0,
+    )
+
+
+@dataclass(frozen=True)
+class _Filters:
+    """The settings of some rows as columns, [rows, 1] each; None for what no row uses.
+
+    free: the rows that no filter restricts.
+    """
+
+    temperatures: torch.Tensor
+    top_k: torch.Tensor | None
+    top_p: torch.Tensor | None
+    log_min_p: torch.Tensor | None
+    typical: torch.Tensor | None
+    free: list[int]
+
+
+@lru_cache(maxsize=64)  # the same rows come step after step
+def _filters(rows: tuple[Settings, ...], device: torch.device) -> _Filters:
+    temperatures, top_k, top_p, min_p, typical_p = zip(*rows, strict=True)
+
+    def column(values: list[Any]) -> torch.Tensor:
+        return torch.tensor(values, device=device)[:, None]
+
+    return _Filters(
+        column([float(t) for t in temperatures]),
+        column([k or 2**31 for k in top_k]) if any(top_k) else None,
+        column([float(p) for p in top_p]) if min(top_p) < 1 else None,
+        column([math.log(p) if p else -math.inf for p in min_p]) if any(min_p) else None,
+        column([p < 1 for p in typical_p]) if min(typical_p) < 1 else None,
+        [n for n, (_, k, p, m, t) in enumerate(rows) if not k and p >= 1 and not m and t >= 1],
+    )
+
+
 def _draw_filtered(
-    scores: torch.Tensor, sequences: list[Sequence], numbers: torch.Tensor
+    scores: torch.Tensor, filters: _Filters, numbers: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw each row from what its filters leave: ids [rows], and whether each is certain.
 
     scores: float32 [rows, vocab], divided by the temperatures. A row is uncertain where its
     filters may leave an id outside the PREFILTER highest; its id is then of no meaning.
     """
-    device, vocabulary = scores.device, scores.shape[1]
-    params = [s.params for s in sequences]
+    rows, vocabulary = scores.shape
+    if len(filters.free) == rows:
+        return draw(scores, numbers), torch.ones(rows, dtype=torch.bool, device=scores.device)
     width = min(PREFILTER, vocabulary)
-    top, ids = _highest(scores, width)
-
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, device=device, dtype=torch.float32)[:, None]
-
-    ks = [min(p.top_k or vocabulary, vocabulary) for p in params]
-    last_rank = torch.tensor([min(k, width) - 1 for k in ks], device=device)[:, None]
-    by_rank = torch.tensor([k <= width for k in ks], device=device)[:, None]
-    # top-k: all that reach the k-th score (ties included)
-    kept = ~by_rank | (top >= top.gather(1, last_rank))
-    probabilities = scores.softmax(dim=-1).gather(1, ids) * kept
-    whole = probabilities.sum(dim=-1, keepdim=True).where(by_rank, torch.ones(1, device=device))
-    probabilities /= whole
-    # top-p: all before which less than p has come
-    top_p = column([p.top_p or 1.0 for p in params])
-    cumulative = probabilities.cumsum(dim=-1)
-    kept &= (cumulative - probabilities < top_p) | (top_p >= 1.0)
-    # min-p: all that have that share of the highest probability
-    floor = top[:, :1] + column([math.log(p.min_p) if p.min_p else -math.inf for p in params])
-    kept &= top >= floor
+    top, ids = scores.topk(width, dim=-1)  # falling
+    kept = torch.ones_like(top, dtype=torch.bool)
+    if filters.top_k is not None:  # all that reach the k-th score, ties included
+        kept = top >= top.gather(1, filters.top_k.clamp_max(width) - 1)
+        kept |= filters.top_k > width
+    if filters.top_p is not None:  # all before which less than p has come
+        probabilities = scores.softmax(dim=-1).gather(1, ids)
+        if filters.top_k is not None:  # of what that has left
+            probabilities *= kept
+            whole = probabilities.sum(dim=-1, keepdim=True)
+            probabilities /= whole.masked_fill(filters.top_k > width, 1.0)
+        before = probabilities.cumsum(dim=-1) - probabilities
+        kept &= (before < filters.top_p) | (filters.top_p >= 1.0)
+    if filters.log_min_p is not None:  # all that have that share of the highest probability
+        kept &= top >= top[:, :1] + filters.log_min_p
     # Certain is what does not reach the last place of the prefilter, or has none beyond it.
-    open_ended = kept[:, -1] if width < vocabulary else torch.zeros_like(kept[:, -1])
-    typical = torch.tensor([(p.typical_p or 1.0) < 1.0 for p in params], device=device)
+    certain = ~kept[:, -1] if width < vocabulary else torch.ones_like(kept[:, -1])
+    if filters.typical is not None:
+        certain &= ~filters.typical[:, 0]
     in_order = ids.argsort(dim=-1)  # the draw goes by the order of the vocabulary
     kept_scores = top.masked_fill(~kept, -math.inf).gather(1, in_order)
     places = draw(kept_scores, numbers)
     chosen = ids.gather(1, in_order.gather(1, places[:, None])).squeeze(1)
-    certain = ~(open_ended | typical)
-    free = [n for n, p in enumerate(params) if not _restricts(p)]
-    if free:
-        chosen[free], certain[free] = draw(scores[free], numbers[free]), True
+    if filters.free:
+        chosen[filters.free] = draw(scores[filters.free], numbers[filters.free])
+        certain[filters.free] = True
     return chosen, certain
-
-
-def _highest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `count` highest scores of each row, falling, and their ids: [rows, count] each.
-
-    As `topk` of all, in a third of its time: all of them lie in the `count` stretches of the
-    vocabulary whose own highest are highest.
-    """
-    rows, vocabulary = scores.shape
-    if vocabulary % STRETCH or vocabulary <= count * STRETCH:
-        top, ids = scores.topk(count, dim=-1)
-        return top, ids
-    stretches = scores.view(rows, -1, STRETCH)
-    best = stretches.amax(dim=-1).topk(count, dim=-1).indices
-    within = stretches[torch.arange(rows, device=scores.device)[:, None], best].flatten(1)
-    top, places = within.topk(count, dim=-1)
-    return top, best.gather(1, places // STRETCH) * STRETCH + places % STRETCH
-
-
-def _restricts(params: SamplingParams) -> bool:
-    """Whether the draw is from less than the whole vocabulary."""
-    shares = ((params.top_p or 1.0), (params.typical_p or 1.0))
-    return bool(params.top_k or params.min_p) or min(shares) < 1.0
 
 
 def _widest_float(device: torch.device) -> torch.dtype:

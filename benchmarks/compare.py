@@ -153,7 +153,7 @@ def plot(medians: dict[str, dict[str, list[float]]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(9.5, 3.4), width_ratios=[3, 2])
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.5, 3.6), width_ratios=[3, 2])
     groups = (
         (panels[0], {"one_tok_s": "one stream", "four_tok_s": "four", "eight_tok_s": "eight"},
          "tokens a second, all together"),
@@ -170,8 +170,9 @@ def plot(medians: dict[str, dict[str, list[float]]], path: Path) -> None:
             panel.bar(places, middle, width, yerr=[below, above], label=system, capsize=2)
         panel.set_xticks([i + 0.4 - width / 2 for i in range(len(names))], list(names.values()))
         panel.set_title(title, fontsize=9)
-    panels[0].legend(fontsize=7)
-    figure.tight_layout()
+    bars, labels = panels[0].get_legend_handles_labels()
+    figure.legend(bars, labels, loc="lower center", ncols=len(labels), fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=130)
 
 

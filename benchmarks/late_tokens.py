@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # so that the benchmarks run from a checkout, as scripts
 RESULTS = ROOT / "benchmarks" / "results"
 WAYS = ["ours", "streamer", "streamer + gevent"]
 TOKENS = 64

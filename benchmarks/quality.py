@@ -16,7 +16,7 @@ import pydoc_data.topics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ import torch
 from late_tokens import RESULTS, machine
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from stream_generator.checkpoint import Checkpoint, load_checkpoint
-from stream_generator.demo_model import DEMO_GGUF
+from stream_generator.checkpoint import Checkpoint, load_checkpoint, make_lean
+from stream_generator.demo_model import DEMO_GGUF, demo_model_directory
 from stream_generator.model_runner import ModelRunner, runner_for
 from stream_generator.pypi_file import bring
 
@@ -43,7 +43,7 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--modes", nargs="+", default=["none", "auto", "int8"])
+    parser.add_argument("--modes", nargs="+", default=["none", "auto", "int8", "int4"])
     parser.add_argument("--tokens", type=int, default=2048, help="of each of the two texts")
     parser.add_argument("--name", default="quality")
     args = parser.parse_args()
@@ -56,7 +56,10 @@ def main() -> None:
     reference = reference_logprobs(ids)
     results: dict[str, Any] = {}
     for mode in args.modes:
-        packed = checkpoint if mode == "none" else load_checkpoint(quantize=mode)
+        if mode in ("int8", "int4"):  # not what the GGUF has, but made of a bfloat16 checkpoint
+            packed, mode = repacked(checkpoint, mode), f"{mode} of bfloat16"
+        else:
+            packed = load_checkpoint(quantize=mode)
         for way in ("reply", "prompt"):
             results[f"{mode}, {way}"] = compared(ours(packed, ids, way), reference)
             print(mode, way, results[f"{mode}, {way}"], flush=True)
@@ -65,6 +68,12 @@ def main() -> None:
     report = {"machine": machine(), "settings": vars(args), "results": results}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def repacked(checkpoint: Checkpoint, mode: str) -> Checkpoint:
+    model = AutoModelForCausalLM.from_pretrained(demo_model_directory(), dtype=torch.bfloat16)
+    make_lean(model, mode)
+    return replace(checkpoint, model=model)
 
 
 @torch.inference_mode()

@@ -100,7 +100,6 @@ class Service:
     def __init__(self, system: str):
         self.system = system
         self.url = f"http://127.0.0.1:{PORT}"
-        sys.path.insert(0, str(ROOT))
         from stream_generator.demo_model import demo_model_directory
 
         self._model = str(demo_model_directory())

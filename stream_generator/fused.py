@@ -219,7 +219,7 @@ class FusedDecoder:
     """A model all of whose layers are fused, called without what transformers wraps around them."""
 
     def __init__(self, model: Any, context_length: int):
-        """Raises `NotFusible` if `model` is not all fused, or computes something else."""
+        """Raises `NotFusible` if `model` is not all fused, or does more around its layers."""
         base = model.base_model
         self._layers = list(getattr(base, "layers", ()))
         if not self._layers or not all(isinstance(layer, FusedLayer) for layer in self._layers):
@@ -234,6 +234,7 @@ class FusedDecoder:
         self._rotation = Rotation.of(
             *base.rotary_emb(self._embed[:1, None], position_ids=positions)
         )
+        self._check(model)
 
     def __call__(
         self, input_ids: torch.Tensor, positions: torch.Tensor, masks: Any, cache: Any
@@ -245,13 +246,24 @@ class FusedDecoder:
         rows, length = input_ids.shape
         rotation = self._rotation.at(positions)
         x = functional.embedding(input_ids.flatten(), self._embed)
-        by_kind = masks if isinstance(masks, dict) else {"": masks}
+        by_kind = masks if isinstance(masks, dict) else dict.fromkeys(self._kinds, masks)
         grouped = {kind: for_groups(mask, self._layers[0].group) for kind, mask in by_kind.items()}
         for layer, kind in zip(self._layers, self._kinds, strict=True):
             x = layer.step(x, length, rotation, grouped[kind], cache)
         last = x.view(rows, length, -1)[:, -1]
         logits: torch.Tensor = self._head(self._norm(last.contiguous()))
         return logits
+
+    @torch.inference_mode()
+    def _check(self, model: Any) -> None:
+        """Some families scale their embeddings or their logits, say."""
+        ids = torch.tensor([[1, 2, 3, 4]], device=model.device)
+        positions = torch.arange(ids.shape[1], device=model.device)[None]
+        ours = self(ids, positions, None, None).float()
+        expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
+        difference = float((ours - expected).std() / expected.std())
+        if not difference <= TOLERANCE.get(self._embed.dtype, 0.0):
+            raise NotFusible(f"what surrounds its layers makes {difference:.1e} of difference")
 
 
 def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
@@ -265,6 +277,8 @@ def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(base, "rotary_emb"):
         return False
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        return False  # others are given masks of other shapes
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return False  # hooks on the layers carry the states from device to device
     names = {module: name for name, module in model.named_modules()}
@@ -273,7 +287,7 @@ def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
         try:
             fused = FusedLayer(layer)
             _check(fused, layer, base.rotary_emb)
-        except (NotFusible, AttributeError) as error:
+        except Exception as error:  # whatever a layer of another shape raises, it stays
             stayed.setdefault(str(error), []).append(index)
             continue
         fused.pack(layer, packing, names)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stream_generator.linear import Linear, PlainLinear
+from stream_generator.linear import Linear, PlainLinear, laid_out
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,8 @@ class Packing:
     """How the linear layers of a model are packed.
 
     bits: 4 or 8, of what `saved` does not hold; 0: that stays dense. saved: by the names of the
-    model's modules. keep_dense: keep the dense weights too, for many rows.
+    model's modules, and equal to its dense weights up to rounding. keep_dense: keep the dense
+    weights too, for many rows.
     """
 
     bits: int = 0
@@ -162,15 +163,18 @@ class Packing:
         # What the kernels can take: 16 outputs and a group of inputs at a time.
         if any(x.out_features % 16 or x.in_features % GROUP for x in linears):
             return dense
-        weights = [self.saved.get(name) for name in named]
-        if any(weight is None for weight in weights):
-            if not self.bits:
-                return dense
-            weights = [PackedWeight.of(x.weight, max(self.bits, least_bits)) for x in linears]
-        weight = PackedWeight.joined([w for w in weights if w is not None])
+        if not self.bits and any(name not in self.saved for name in named):
+            return dense
         bias = None
         if linears[0].bias is not None:
             bias = torch.cat([x.bias for x in linears]).detach()
+        if all(name in self.saved for name in named):
+            weight = PackedWeight.joined([self.saved[name] for name in named])
+        else:
+            bits = max(self.bits, least_bits)
+            weight = PackedWeight.joined([PackedWeight.of(x.weight, bits) for x in linears])
+            if self.keep_dense:  # what few rows and many are multiplied with must be the same
+                dense = laid_out(weight.dense().to(first.dtype), bias)
         few = PackedLinear(weight, bias, first.dtype)
         few_rows = PackedWeight.FEW_ROWS[weight.bits]
         return ByRows(few, dense, few_rows) if self.keep_dense else few

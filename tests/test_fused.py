@@ -8,6 +8,7 @@ from conftest import tiny_llama
 from transformers import PreTrainedModel
 
 from stream_generator.fused import FusedDecoder, FusedLayer, NotFusible, RMSNorm, fuse
+from stream_generator.model_runner import ModelRunner, runner_for
 
 
 def fused_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -76,3 +77,20 @@ def test_the_norm_is_the_formula() -> None:
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 100
     assert torch.allclose(RMSNorm(norm)(x), norm(x), rtol=1e-5)
     assert torch.allclose(RMSNorm(norm)(x * 1e-6), norm(x * 1e-6), rtol=1e-4), "epsilon counts"
+
+
+def test_a_model_that_scales_its_logits_is_called_as_a_whole_and_still_served() -> None:
+    model = tiny_llama(vocab_size=256)
+    forward = model.forward
+
+    def scaled(*args: object, **kwargs: object) -> object:
+        outputs = forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 3
+        return outputs
+
+    assert fuse(model)
+    FusedDecoder(model, 16)
+    model.forward = scaled
+    with pytest.raises(NotFusible, match="surrounds"):
+        FusedDecoder(model, 16)
+    assert isinstance(runner_for(model, 64, max_concurrent=2), ModelRunner)

@@ -101,6 +101,17 @@ def test_what_is_not_asked_for_stays_dense_and_what_is_saved_is_taken() -> None:
     assert close(product(x), x @ saved["one"].dense().T)
 
 
+@BITS
+def test_few_rows_and_many_are_multiplied_with_the_same_weights(bits: int) -> None:
+    linear = torch.nn.Linear(64, 32)
+    dense = DenseLinear(linear.weight.detach(), linear.bias.detach())
+    product = Packing(bits, keep_dense=True).pack(named(linear), dense)
+    x = random(40, 64)
+    one_by_one = torch.cat([product(row[None]) for row in x])
+    assert close(product(x), one_by_one)
+    assert not close(product(x), dense(x)), "they are not the ones that were packed"
+
+
 def test_few_rows_are_packed_and_many_dense() -> None:
     one, two = torch.ones(1, 4), torch.full((1, 4), 2.0)
 

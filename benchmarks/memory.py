@@ -1,0 +1,73 @@
+"""How much memory is resident when eight slots of 2,048 tokens are full?
+
+    python benchmarks/memory.py
+
+Eight chats of about 2,000 tokens each, at the same time, after a start with `--max-concurrent 8
+--max-context 2048`. Writes benchmarks/results/memory.json.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+import psutil
+import requests
+from compare import FILLER
+from late_tokens import RESULTS, ROOT, machine
+from serve import PORT, Request, Service
+
+SLOTS, CONTEXT, REPEATS = 8, 2048, 120
+
+
+class FullService(Service):
+    """Ours, with so many slots and no more."""
+
+    def __enter__(self) -> "FullService":
+        command = [sys.executable, str(ROOT / "llama3_service.py"), "-P", str(PORT)]
+        command += ["--max-concurrent", str(SLOTS), "--max-context", str(CONTEXT)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while True:
+            assert self._process.poll() is None, "the service ended at its start"
+            try:
+                requests.get(f"{self.url}/health", timeout=1)
+                return self
+            except requests.RequestException:
+                pass
+
+
+def main() -> None:
+    with FullService("ours") as service:
+        sizes = {"started": service.memory_gb()}
+        service.ask(Request("Hello.", 4))
+        sizes["after a first reply"] = service.memory_gb()
+        # Different beginnings: nothing is shared between the slots.
+        asked = [Request(f"Text {n}: {FILLER * REPEATS}", 64) for n in range(SLOTS)]
+        together([functools.partial(service.ask, request) for request in asked])
+        assert all(request.tokens for request in asked), [request.error for request in asked]
+        sizes["all slots full"] = service.memory_gb()
+    report = {
+        "machine": machine(),
+        "slots": SLOTS,
+        "context": CONTEXT,
+        # 30 layers, 3 heads of keys and 3 of values, of 64 numbers of 2 bytes
+        "keys_and_values_gb": round(SLOTS * CONTEXT * 30 * 6 * 64 * 2 / 1e9, 3),
+        "resident_gb": {name: round(size, 3) for name, size in sizes.items()},
+        "of_the_machine_gb": round(psutil.virtual_memory().total / 1e9, 1),
+    }
+    (RESULTS / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+def together(calls: list[Callable[[], None]]) -> None:
+    threads = [threading.Thread(target=call) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()

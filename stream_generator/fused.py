@@ -89,8 +89,13 @@ class FusedLayer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """hidden_states: [rows, length, hidden]; returns the same. As transformers calls it."""
+        """hidden_states: [rows, length, hidden]; returns the same. As transformers calls it.
+
+        Raises `ValueError` for a mask of another kind than "sdpa" and "eager" attention have.
+        """
         assert position_embeddings is not None, "a Llama-shaped model gives them"
+        if attention_mask is not None and attention_mask.dim() != 4:
+            raise ValueError('load the model with attn_implementation="sdpa" to fuse its layers')
         rows, length, hidden = hidden_states.shape
         return self.step(
             hidden_states.reshape(-1, hidden),
@@ -277,8 +282,6 @@ def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(base, "rotary_emb"):
         return False
-    if model.config._attn_implementation not in ("sdpa", "eager"):
-        return False  # others are given masks of other shapes
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return False  # hooks on the layers carry the states from device to device
     names = {module: name for name, module in model.named_modules()}

@@ -148,11 +148,15 @@ def llama_cpp(ids: list[list[int]], reference: list[torch.Tensor]) -> dict[str, 
     try:
         while True:
             assert process.poll() is None, "llama.cpp ended at its start"
-            try:
-                if requests.get(f"{url}/health", timeout=1).ok:
+            try:  # its /health says ok before the model is loaded
+                tried = requests.post(
+                    f"{url}/completion", json={"prompt": [1], "n_predict": 1}, timeout=10
+                )
+                if tried.ok:
                     break
             except requests.RequestException:
-                time.sleep(0.1)
+                pass
+            time.sleep(0.1)
         same, short = [], []
         with requests.Session() as session:
             for text, expected in zip(ids, reference, strict=True):

@@ -167,6 +167,8 @@ def llama_cpp(ids: list[list[int]], reference: list[torch.Tensor]) -> dict[str, 
                         "cache_prompt": True, "id_slot": 0,
                     }  # fmt: skip
                     answer = session.post(f"{url}/completion", json=body, timeout=60).json()
+                    if not answer.get("completion_probabilities"):
+                        continue  # a few answers hold none; `positions` counts the others
                     best = answer["completion_probabilities"][0]["top_logprobs"]
                     token_ids = torch.tensor([[b["id"] for b in best]])
                     logprobs = torch.tensor([[b["logprob"] for b in best]])

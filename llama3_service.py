@@ -61,10 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Serve until a signal ends it; returns the exit status."""
     args = parse_arguments(arguments)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Read when torch is imported. See docs/performance.md: with GNU OpenMP's own figure one
-        # busy neighbour on the machine slows each token twentyfold.
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    limit_spinning()
     # Imported here, so that --help and a mistyped flag answer at once.
     from stream_service.server import Server, bind
 
@@ -136,6 +133,16 @@ def main(arguments: list[str] | None = None) -> int:
             page.terminate()
             page.wait()
     return 1 if engine.failed else 0
+
+
+def limit_spinning() -> None:
+    """Let torch's threads wait less busily, unless the environment says how.
+
+    Read when torch is imported. See docs/performance.md: with GNU OpenMP's own figure one busy
+    neighbour on the machine slows each token twentyfold.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def _start_page(args: argparse.Namespace, address: str) -> "subprocess.Popen[bytes]":

@@ -3,10 +3,9 @@
     python benchmarks/decode.py                    # the demo model, each way of packing
     python benchmarks/decode.py --random-llama 8b  # the shape of Llama 3 8B, with random weights
 
-Beside it, in the same run, transformers' own layers in the same engine, and transformers'
-`generate` for one row. Prints medians with the 10th and 90th percentile, and writes
-benchmarks/results/NAME.json. `floor_ms` is what reading all weights once would take at the
-machine's own speed, measured by adding up a large tensor.
+Beside it, in the same run, transformers' own layers in the same engine. Prints medians with the
+10th and 90th percentile, and writes benchmarks/results/NAME.json; `bytes_per_second` there is how
+fast the machine reads memory, measured by adding up a large tensor.
 """
 
 import argparse
@@ -69,7 +68,7 @@ def main() -> None:
 
 
 def build(shape: str | None, mode: str) -> PreTrainedModel:
-    if shape is None and mode not in ("own", "generate"):
+    if shape is None and mode != "own":
         return load_checkpoint(quantize=mode).model
     if shape is None:
         from transformers import AutoModelForCausalLM

@@ -8,38 +8,20 @@ Eight chats of about 2,000 tokens each, at the same time, after a start with `--
 
 import functools
 import json
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 
 import psutil
-import requests
 from compare import FILLER
-from late_tokens import RESULTS, ROOT, machine
-from serve import PORT, Request, Service
+from late_tokens import RESULTS, machine
+from serve import Request, Service
 
 SLOTS, CONTEXT, REPEATS = 8, 2048, 120
 
 
-class FullService(Service):
-    """Ours, with so many slots and no more."""
-
-    def __enter__(self) -> "FullService":
-        command = [sys.executable, str(ROOT / "llama3_service.py"), "-P", str(PORT)]
-        command += ["--max-concurrent", str(SLOTS), "--max-context", str(CONTEXT)]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while True:
-            assert self._process.poll() is None, "the service ended at its start"
-            try:
-                requests.get(f"{self.url}/health", timeout=1)
-                return self
-            except requests.RequestException:
-                pass
-
-
 def main() -> None:
-    with FullService("ours") as service:
+    sizes_wanted = ("--max-concurrent", str(SLOTS), "--max-context", str(CONTEXT))
+    with Service("ours", *sizes_wanted) as service:
         sizes = {"started": service.memory_gb()}
         service.ask(Request("Hello.", 4))
         sizes["after a first reply"] = service.memory_gb()

@@ -13,9 +13,6 @@ given so too (`kl_100`). Writes benchmarks/results/quality.json.
 import argparse
 import json
 import pydoc_data.topics
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from typing import Any
 import requests
 import torch
 from late_tokens import RESULTS, machine
+from serve import Service
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from stream_generator.checkpoint import Checkpoint, load_checkpoint, make_lean
@@ -30,7 +28,6 @@ from stream_generator.demo_model import DEMO_GGUF, demo_model_directory
 from stream_generator.model_runner import ModelRunner, runner_for
 from stream_generator.pypi_file import bring
 
-PORT = 8951
 CHUNK = 512
 TOP = 100
 
@@ -140,44 +137,24 @@ def figures(kl: torch.Tensor | None, same: torch.Tensor, short: torch.Tensor) ->
 
 def llama_cpp(ids: list[list[int]], reference: list[torch.Tensor]) -> dict[str, float]:
     """llama.cpp's server on the same GGUF, asked for one token after each position."""
-    command = [sys.executable, str(Path(__file__).with_name("peers.py")), "llama.cpp"]
-    process = subprocess.Popen(
-        [*command, "--port", str(PORT)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    url = f"http://127.0.0.1:{PORT}"
-    try:
-        while True:
-            assert process.poll() is None, "llama.cpp ended at its start"
-            try:  # its /health says ok before the model is loaded
-                tried = requests.post(
-                    f"{url}/completion", json={"prompt": [1], "n_predict": 1}, timeout=10
-                )
-                if tried.ok:
-                    break
-            except requests.RequestException:
-                pass
-            time.sleep(0.1)
-        same, short = [], []
-        with requests.Session() as session:
-            for text, expected in zip(ids, reference, strict=True):
-                for position in range(len(text)):
-                    body = {
-                        "prompt": text[: position + 1], "n_predict": 1, "n_probs": TOP,
-                        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
-                        "cache_prompt": True, "id_slot": 0,
-                    }  # fmt: skip
-                    answer = session.post(f"{url}/completion", json=body, timeout=60).json()
-                    if not answer.get("completion_probabilities"):
-                        continue  # a few answers hold none; `positions` counts the others
-                    best = answer["completion_probabilities"][0]["top_logprobs"]
-                    token_ids = torch.tensor([[b["id"] for b in best]])
-                    logprobs = torch.tensor([[b["logprob"] for b in best]])
-                    row = expected[position : position + 1]
-                    same.append(token_ids[0, 0] == row.argmax())
-                    short.append(truncated(row, logprobs, token_ids))
-    finally:
-        process.terminate()
-        process.wait()
+    same, short = [], []
+    with Service("llama.cpp") as service, requests.Session() as session:
+        for text, expected in zip(ids, reference, strict=True):
+            for position in range(len(text)):
+                body = {
+                    "prompt": text[: position + 1], "n_predict": 1, "n_probs": TOP,
+                    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+                    "cache_prompt": True, "id_slot": 0,
+                }  # fmt: skip
+                answer = session.post(f"{service.url}/completion", json=body, timeout=60).json()
+                if not answer.get("completion_probabilities"):
+                    continue  # a few answers hold none; `positions` counts the others
+                best = answer["completion_probabilities"][0]["top_logprobs"]
+                token_ids = torch.tensor([[b["id"] for b in best]])
+                logprobs = torch.tensor([[b["logprob"] for b in best]])
+                row = expected[position : position + 1]
+                same.append(token_ids[0, 0] == row.argmax())
+                short.append(truncated(row, logprobs, token_ids))
     return figures(None, torch.stack(same), torch.cat(short))
 
 

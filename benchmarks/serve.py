@@ -97,8 +97,9 @@ class Request:
 class Service:
     """One system under test, started for the block and ended with it."""
 
-    def __init__(self, system: str):
-        self.system = system
+    def __init__(self, system: str, *options: str):
+        """options: of our own command."""
+        self.system, self._options = system, options
         self.url = f"http://127.0.0.1:{PORT}"
         from stream_generator.demo_model import demo_model_directory
 
@@ -108,7 +109,7 @@ class Service:
         peers = {"llama.cpp": "llama.cpp", "TextIteratorStreamer": "streamer"}
         if self.system == "ours":
             command = [sys.executable, str(ROOT / "llama3_service.py"), "-P", str(PORT)]
-            command += ["--max-queue", "128"]
+            command += ["--max-queue", "128", *self._options]
         elif self.system in peers:
             command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), peers[self.system]]
             command += ["--port", str(PORT)]
@@ -125,7 +126,8 @@ class Service:
                 if requests.get(f"{self.url}/health", timeout=1).ok:
                     return self
             except requests.RequestException:
-                time.sleep(0.1)
+                pass
+            time.sleep(0.1)
 
     def __exit__(self, *exception: object) -> None:
         family = [psutil.Process(self._process.pid)]

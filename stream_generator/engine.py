@@ -238,8 +238,6 @@ class Engine:
             started = time.perf_counter()
             try:
                 first = self._runner.prefill(plan.prefill, plan.chunk)
-            except torch.AcceleratorError:
-                raise  # the device is lost for this process: nothing would ever succeed again
             except Exception as error:  # of this prompt alone: nothing else was computed with it
                 first = _failure(plan.prefill, error)
             self._scheduler.pace.record_prefill(time.perf_counter() - started, plan.chunk)
@@ -258,8 +256,6 @@ class Engine:
         started = time.perf_counter()
         try:
             sampled = self._runner.decode(sequences)
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
             if len(sequences) == 1:
                 return [(sequences[0], _failure(sequences[0], error))]
@@ -338,7 +334,12 @@ def _taken(sequence: Sequence, sampled: Sampled) -> TokenOutput:
 
 
 def _failure(sequence: Sequence, error: Exception) -> GenerationFailed:
-    """What the reader is told. Details stay in the log: they may hold paths or addresses."""
+    """What the reader is told. Details stay in the log: they may hold paths or addresses.
+
+    Where the device is lost for this process, the error goes on: nothing would ever succeed again.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        raise error
     logger.error("request %s failed", sequence.id, exc_info=error)
     if isinstance(error, GenerationFailed):
         return error

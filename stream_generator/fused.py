@@ -17,7 +17,7 @@ from transformers.activations import SiLUActivation
 
 from stream_generator.attention import attend, for_groups
 from stream_generator.kv_cache import SlotCache
-from stream_generator.linear import Linear, LinearModule, laid_out
+from stream_generator.linear import Linear, LinearModule, joined_bias, laid_out
 from stream_generator.quantization import Packing
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class FusedLayer(nn.Module):
     def __init__(self, layer: Any):
         """Raises `NotFusible` if `layer` is of another shape."""
         super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         self._check_parts(layer)
         self.layer_index = attention.layer_idx
         self.scale = attention.scaling
@@ -60,21 +60,13 @@ class FusedLayer(nn.Module):
         head_norms = hasattr(attention, "q_norm")
         self.query_norm = RMSNorm(attention.q_norm) if head_norms else None
         self.key_norm = RMSNorm(attention.k_norm) if head_norms else None
-        self.qkv = _side_by_side(attention.q_proj, attention.k_proj, attention.v_proj)
-        self.output = _side_by_side(attention.o_proj)
-        self.gate_up = _side_by_side(mlp.gate_proj, mlp.up_proj)
-        self.down = _side_by_side(mlp.down_proj)
+        products = {name: _side_by_side(linears) for name, linears in _products(layer).items()}
+        self.qkv, self.output = products["qkv"], products["output"]
+        self.gate_up, self.down = products["gate_up"], products["down"]
 
     def pack(self, layer: Any, packing: Packing, names: dict[nn.Module, str]) -> None:
         """Pack the products of the replaced `layer` as `packing` says."""
-        attention, mlp = layer.self_attn, layer.mlp
-        products = {
-            "qkv": (attention.q_proj, attention.k_proj, attention.v_proj),
-            "output": (attention.o_proj,),
-            "gate_up": (mlp.gate_proj, mlp.up_proj),
-            "down": (mlp.down_proj,),
-        }
-        for name, linears in products.items():
+        for name, linears in _products(layer).items():
             named = {names[linear]: linear for linear in linears}
             setattr(self, name, packing.pack(named, getattr(self, name)))
 
@@ -160,13 +152,10 @@ class FusedLayer(nn.Module):
             raise NotFusible("it has other parts than Llama's")
         if not isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)):
             raise NotFusible(f"its activation is {type(mlp.act_fn).__name__}")
-        linears = [getattr(attention, name) for name in _ATTENTION_PARTS]
-        linears += [getattr(mlp, name) for name in _MLP_PARTS - {"act_fn"}]
-        if any(type(linear) is not nn.Linear for linear in linears):
-            raise NotFusible("its linear layers are of a kind of their own")
-        together = (attention.q_proj, attention.k_proj, attention.v_proj)
-        for joined in (together, (mlp.gate_proj, mlp.up_proj)):
-            if len({linear.bias is None for linear in joined}) > 1:
+        for linears in _products(layer).values():
+            if any(type(linear) is not nn.Linear for linear in linears):
+                raise NotFusible("its linear layers are of a kind of their own")
+            if len({linear.bias is None for linear in linears}) > 1:
                 raise NotFusible("only some of its projections have a bias")
 
 
@@ -266,9 +255,7 @@ class FusedDecoder:
         positions = torch.arange(ids.shape[1], device=model.device)[None]
         ours = self(ids, positions, None, None).float()
         expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
-        difference = float((ours - expected).std() / expected.std())
-        if not difference <= TOLERANCE.get(self._embed.dtype, 0.0):
-            raise NotFusible(f"what surrounds its layers makes {difference:.1e} of difference")
+        _require_same(ours, expected, self._embed.dtype, "what surrounds its layers")
 
 
 def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
@@ -300,14 +287,14 @@ def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
     head = model.get_output_embeddings()
     if all(not isinstance(layer, FusedLayer) for layer in layers) or type(head) is not nn.Linear:
         return False
-    product = packing.pack({names[head]: head}, _side_by_side(head), least_bits=8)
+    product = packing.pack({names[head]: head}, _side_by_side((head,)), least_bits=8)
     model.set_output_embeddings(LinearModule(product))
     return True
 
 
 @torch.inference_mode()
 def _check(fused: FusedLayer, layer: Any, rotary: Any) -> None:
-    """Raise `NotFusible` unless both make the same of random states."""
+    """Raise `NotFusible` unless both add the same to random states."""
     weight = layer.input_layernorm.weight
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 8, weight.shape[0], generator=generator).to(weight)
@@ -317,18 +304,33 @@ def _check(fused: FusedLayer, layer: Any, rotary: Any) -> None:
         "position_ids": positions,
         "position_embeddings": rotary(states, position_ids=positions),
     }
-    expected = layer(states, **arguments).float() - states.float()
-    error = fused(states, **arguments).float() - states.float() - expected
-    difference = float(error.std() / expected.std())
-    if not difference <= TOLERANCE.get(weight.dtype, 0.0):
-        raise NotFusible(f"the fused layer differs by {difference:.1e} standard deviations")
+    ours, expected = (m(states, **arguments).float() - states.float() for m in (fused, layer))
+    _require_same(ours, expected, weight.dtype, "the layer")
 
 
-def _side_by_side(*linears: nn.Linear) -> Linear:
+def _require_same(
+    ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str
+) -> None:
+    difference = float((ours - expected).std() / expected.std())
+    if not difference <= TOLERANCE.get(dtype, 0.0):
+        raise NotFusible(f"{what} computes something else, by {difference:.1e} of its spread")
+
+
+def _products(layer: Any) -> dict[str, tuple[nn.Linear, ...]]:
+    """The linear layers that make one product each, by its name in `FusedLayer`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return {
+        "qkv": (attention.q_proj, attention.k_proj, attention.v_proj),
+        "output": (attention.o_proj,),
+        "gate_up": (mlp.gate_proj, mlp.up_proj),
+        "down": (mlp.down_proj,),
+    }
+
+
+def _side_by_side(linears: tuple[nn.Linear, ...]) -> Linear:
     """The dense product with all of these, which have the same inputs."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    return laid_out(weight, torch.cat(biases) if biases else None)
+    return laid_out(weight, joined_bias(linears))
 
 
 def _names(module: nn.Module) -> set[str]:

@@ -168,11 +168,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     @staticmethod
     def _read(store: torch.Tensor, rows: SlotRows) -> torch.Tensor:
-        first, count = rows.slots[0], len(rows.slots)
-        keys = store[:, :, : rows.key_length]
-        if rows.slots == tuple(range(first, first + count)):
-            return keys[first : first + count]  # neighbours: a view, no copy
-        return keys[list(rows.slots)]
+        if len(rows.runs) == 1:
+            return rows.runs[0].view(store)  # neighbours: no copy
+        return store[:, :, : rows.key_length][list(rows.slots)]
 
 
 class SlotCache(Cache):  # type: ignore[misc]

@@ -4,6 +4,7 @@ Every one offers the same three products, so that what follows a product in a tr
 gate, the residual) is done while its result is still in registers, where the kernel can.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -85,6 +86,12 @@ class LinearModule(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., in], returns [..., out]."""
         return self.linear(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
+
+
+def joined_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    """The biases of several layers, which all have one or none of them has, side by side."""
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    return torch.cat(biases) if biases else None
 
 
 def laid_out(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:

@@ -3,7 +3,6 @@
 A step for a few rows spends its time reading weights, so fewer bytes mean more tokens a second.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from stream_generator.linear import Linear, PlainLinear, laid_out
-
-logger = logging.getLogger(__name__)
+from stream_generator.linear import Linear, PlainLinear, joined_bias, laid_out
 
 GROUP = 32  # consecutive inputs that share a scale, as in GGUF's blocks
 MIDDLE = 8  # the kernels take a value as (value - 8) * scale + zero
@@ -165,9 +162,7 @@ class Packing:
             return dense
         if not self.bits and any(name not in self.saved for name in named):
             return dense
-        bias = None
-        if linears[0].bias is not None:
-            bias = torch.cat([x.bias for x in linears]).detach()
+        bias = joined_bias(linears)
         if all(name in self.saved for name in named):
             weight = PackedWeight.joined([self.saved[name] for name in named])
         else:

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 
 from stream_generator.checkpoint import Checkpoint, load_checkpoint, make_lean
 from stream_generator.demo_model import DEMO_GGUF, demo_model_directory
+from stream_generator.kv_cache import SlotRows, masks
 from stream_generator.model_runner import ModelRunner, runner_for
 from stream_generator.pypi_file import bring
 
@@ -87,16 +88,7 @@ def reference_logprobs(ids: list[list[int]]) -> list[torch.Tensor]:
 def ours(checkpoint: Checkpoint, ids: list[list[int]], way: str) -> list[torch.Tensor]:
     length = len(ids[0])
     if way == "prompt":
-        with torch.inference_mode():
-            cache, parts = None, []
-            for start in range(0, length, CHUNK):
-                outputs = checkpoint.model(
-                    torch.tensor([text[start : start + CHUNK] for text in ids]),
-                    past_key_values=cache, use_cache=True,
-                )  # fmt: skip
-                cache = outputs.past_key_values
-                parts.append(outputs.logits.float())
-        return list(torch.cat(parts, dim=1).log_softmax(dim=-1))
+        return [in_chunks(checkpoint.model, text) for text in ids]
     runner = runner_for(checkpoint.model, 8192, max_concurrent=len(ids), max_context=length)
     assert isinstance(runner, ModelRunner)
     rows = [Row(n, 0) for n in range(len(ids))]
@@ -106,6 +98,20 @@ def ours(checkpoint: Checkpoint, ids: list[list[int]], way: str) -> list[torch.T
         for row in rows:
             row.computed += 1
     return list(torch.stack(steps, dim=1).log_softmax(dim=-1))
+
+
+@torch.inference_mode()
+def in_chunks(model: Any, text: list[int]) -> torch.Tensor:
+    """Log-probabilities of all positions, with the masks that a service makes."""
+    cache, parts = None, []
+    for start in range(0, len(text), CHUNK):
+        chunk = torch.tensor([text[start : start + CHUNK]])
+        rows = SlotRows(slots=(0,), starts=(start,), length=chunk.shape[1])
+        mask = masks(rows, {"": None}, model.device, model.dtype)
+        outputs = model(chunk, attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        parts.append(outputs.logits[0].float().log_softmax(dim=-1))
+    return torch.cat(parts)
 
 
 def compared(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> dict[str, float]:

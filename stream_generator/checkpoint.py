@@ -2,13 +2,14 @@
 
 import logging
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
 import torch
+from huggingface_hub import snapshot_download
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
@@ -18,7 +19,8 @@ from stream_generator.demo_model import DEMO_NAME, PACKED_FILE, demo_model_direc
 from stream_generator.detokenizer import Detokenizer
 from stream_generator.errors import CheckpointError, InvalidRequest, PromptTooLong
 from stream_generator.fused import fuse
-from stream_generator.quantization import DENSE_SHARE, Packing, load_packed
+from stream_generator.packed_cache import PackedCache
+from stream_generator.quantization import DENSE_SHARE, PackedWeight, Packing, load_packed
 from stream_generator.sampler import generator_for
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.sequence import Sequence
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 # Llama 3 ends a text with the first and a turn with the others. Some copies of the checkpoint
 # name only one of them in their configuration, and then never stop.
 LLAMA3_END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+
+BITS = {"int8": 8, "int4": 4}  # of weights that are packed on request
 
 # Where a configuration names no context length.
 UNKNOWN_CONTEXT_LENGTH = 2048
@@ -142,28 +146,46 @@ def load_checkpoint(source: str | None = None, quantize: str = "auto") -> Checkp
         raise CheckpointError(
             f"{source} lacks {len(missing)} of its weights ({missing[0]}, ...); download it again"
         )
-    make_lean(model, quantize, Path(path) / PACKED_FILE)
+    _make_lean_and_keep(model, quantize, path)
     checkpoint = Checkpoint.of(model, tokenizer, name)
     model.generation_config.stop_strings = None  # they are in the defaults now
     return checkpoint
 
 
-def make_lean(model: PreTrainedModel, quantize: str = "none", packed: Path | None = None) -> None:
+def _make_lean_and_keep(model: PreTrainedModel, quantize: str, path: str) -> None:
+    """`make_lean`, with what is packed already or was kept by an earlier start."""
+    own = Path(path) / PACKED_FILE
+    if own.is_file() and quantize != "none":
+        make_lean(model, quantize, load_packed(own))
+    elif quantize in BITS:
+        directory = path if Path(path).is_dir() else snapshot_download(path, local_files_only=True)
+        kept = PackedCache(Path(directory), BITS[quantize])
+        if made := make_lean(model, quantize, kept.load()):
+            kept.save(made)
+    else:
+        make_lean(model)
+
+
+def make_lean(
+    model: PreTrainedModel, quantize: str = "none", saved: Mapping[str, PackedWeight] | None = None
+) -> Mapping[str, PackedWeight]:
     """Fuse the layers of `model` where they are of a known shape, and pack their weights.
 
-    quantize: as `load_checkpoint` takes it. packed: a file of weights that are packed already.
+    quantize: as `load_checkpoint` takes it. saved: weights that are packed already. Returns what
+    had to be packed beside them.
     """
-    saved = load_packed(packed) if packed and packed.is_file() and quantize != "none" else {}
-    bits = {"int8": 8, "int4": 4}.get(quantize, 0)
+    bits = BITS.get(quantize, 0)
     dense_bytes = sum(p.nbytes for p in model.parameters())
     share = DENSE_SHARE.get(model.device.type, 0.0)
     keep_dense = dense_bytes <= free_memory(model.device) * share
-    fused = fuse(model, Packing(bits, saved, keep_dense))
+    packing = Packing(bits, saved or {}, keep_dense)
+    fused = fuse(model, packing)
     if bits and not fused:
         logger.warning("--quantize %s: %s has no layers to pack", quantize, type(model).__name__)
     for parameter in model.parameters():
         # What is left is a part of the file that is mapped to memory: let go of the rest of it.
         parameter.data = parameter.data.clone()
+    return packing.made
 
 
 def free_memory(device: torch.device) -> int:

@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Self
@@ -132,11 +132,10 @@ class Engine:
     def step(self) -> bool:
         """Compute one token for every running sequence; False when there was nothing to do.
 
-        And some more of the oldest prompt that is not computed yet.
+        And some more of the prompts that are not computed yet. What is there is delivered at once.
         """
         self._drop_aborted()
         self._admit()
-        self._reuse_prefix()
         plan = self._scheduler.plan()
         for sequence, sampled in self._compute(plan):
             self._deliver(sequence, _taken(sequence, sampled))
@@ -218,32 +217,37 @@ class Engine:
         sequence.start(placement.slot, placement.length)
         return True
 
-    def _reuse_prefix(self) -> None:
+    def _compute(self, plan: Plan) -> Iterator[tuple[Sequence, Sampled]]:
+        """The new ids of a step: of those who decode, then of each prompt that is complete."""
+        yield from self._decode(plan.decode)
+        for chunk in plan.prefill:
+            first = self._prefill(chunk.sequence, chunk.length)
+            if first is not None:
+                yield chunk.sequence, first
+
+    def _prefill(self, sequence: Sequence, length: int) -> Sampled | None:
+        """Up to `length` more ids of a prompt; the first new id when it is complete."""
+        started = time.perf_counter()
+        try:
+            self._reuse_prefix(sequence)
+            length = min(length, sequence.uncomputed)
+            first = self._runner.prefill(sequence, length)
+        except Exception as error:  # of this prompt alone: nothing else was computed with it
+            first = _failure(sequence, error)
+        self._scheduler.pace.record_prefill(time.perf_counter() - started, length)
+        return first
+
+    def _reuse_prefix(self, sequence: Sequence) -> None:
         """Before a prompt begins, look again: a neighbour may have computed its beginning since.
 
         So requests that arrive together with one prompt, or one system prompt, compute it once.
         """
-        sequence = self._scheduler.next_prompt()
-        if sequence is None or sequence.computed > sequence.cached_tokens:
+        if sequence.computed > sequence.cached_tokens:
             return
         source, length = self._prefixes.longest(sequence)
         if length > sequence.computed and sequence.slot is not None:
             self._runner.copy_prefix(source, sequence.slot, length)
             sequence.computed = sequence.cached_tokens = length
-
-    def _compute(self, plan: Plan) -> list[tuple[Sequence, Sampled]]:
-        """The new ids of a step: of those who decode, and of a prompt that is complete."""
-        results = self._decode(plan.decode)
-        if plan.prefill is not None:
-            started = time.perf_counter()
-            try:
-                first = self._runner.prefill(plan.prefill, plan.chunk)
-            except Exception as error:  # of this prompt alone: nothing else was computed with it
-                first = _failure(plan.prefill, error)
-            self._scheduler.pace.record_prefill(time.perf_counter() - started, plan.chunk)
-            if first is not None:
-                results.append((plan.prefill, first))
-        return results
 
     def _decode(self, sequences: list[Sequence]) -> list[tuple[Sequence, Sampled]]:
         """One more id for each.

@@ -142,13 +142,14 @@ class Packing:
     """How the linear layers of a model are packed.
 
     bits: 4 or 8, of what `saved` does not hold; 0: that stays dense. saved: by the names of the
-    model's modules, and equal to its dense weights up to rounding. keep_dense: keep the dense
-    weights too, for many rows.
+    model's modules; without `bits`, equal to its dense weights up to rounding. keep_dense: keep
+    the dense weights too, for many rows. made: what had to be packed, to be saved for another time.
     """
 
     bits: int = 0
     saved: Mapping[str, PackedWeight] = field(default_factory=dict)
     keep_dense: bool = False
+    made: dict[str, PackedWeight] = field(default_factory=dict)
 
     def pack(self, named: dict[str, nn.Linear], dense: Linear, *, least_bits: int = 4) -> Linear:
         """The product with all these side by side, packed; `dense`, if they are not to be packed.
@@ -167,9 +168,12 @@ class Packing:
             weight = PackedWeight.joined([self.saved[name] for name in named])
         else:
             bits = max(self.bits, least_bits)
-            weight = PackedWeight.joined([PackedWeight.of(x.weight, bits) for x in linears])
-            if self.keep_dense:  # what few rows and many are multiplied with must be the same
-                dense = laid_out(weight.dense().to(first.dtype), bias)
+            made = {name: PackedWeight.of(x.weight, bits) for name, x in named.items()}
+            self.made.update(made)
+            weight = PackedWeight.joined(list(made.values()))
+        if self.keep_dense and self.bits:
+            # What few rows and many are multiplied with must be the same.
+            dense = laid_out(weight.dense().to(first.dtype), bias)
         few = PackedLinear(weight, bias, first.dtype)
         few_rows = PackedWeight.FEW_ROWS[weight.bits]
         return ByRows(few, dense, few_rows) if self.keep_dense else few

@@ -1,4 +1,4 @@
-"""Who runs in the next step: oldest first, under a budget of time. No torch here."""
+"""Who runs in the next step, under a budget of time. No torch here."""
 
 from collections import deque
 from collections.abc import Callable
@@ -12,17 +12,24 @@ LARGEST_CHUNK = 512  # more would make those who leave wait for it
 SMOOTHING = 0.2  # weight of the newest measurement
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """`length` more ids of a prompt."""
+
+    sequence: Sequence
+    length: int
+
+
 @dataclass
 class Plan:
-    """One step: a token for each of `decode`, and `chunk` more prompt tokens of `prefill`."""
+    """One step: a token for each of `decode`, and some chunks of prompts."""
 
     decode: list[Sequence] = field(default_factory=list)
-    prefill: Sequence | None = None
-    chunk: int = 0
+    prefill: list[Chunk] = field(default_factory=list)
 
     @property
     def is_empty(self) -> bool:
-        return not self.decode and self.prefill is None
+        return not self.decode and not self.prefill
 
 
 class Pace:
@@ -38,7 +45,7 @@ class Pace:
     def record_prefill(self, seconds: float, tokens: int) -> None:
         self._seconds_per_prompt_token = _smoothed(self._seconds_per_prompt_token, seconds / tokens)
 
-    def chunk(self, others_decode: bool) -> int:
+    def budget(self, others_decode: bool) -> int:
         """Prompt tokens for the next step.
 
         Beside running streams, as many as take about the time of one decode: so that a step
@@ -55,14 +62,17 @@ class Pace:
 class Scheduler:
     """Keeps the order: requests wait, are admitted to a slot, have their prompt computed, decode.
 
-    Every running sequence past its prompt decodes in every step, and the oldest unfinished
-    prompt gets a chunk in every step: neither starves the other.
+    Every running sequence past its prompt decodes in every step, and prompts get a budget of ids
+    beside them: neither starves the other. The budget goes, in turns, first to the oldest prompt
+    and first to the one that has least left; what that one does not need goes to the next. So a
+    short prompt does not wait for a long one before it, nor a long one for all the short ones.
     """
 
     def __init__(self, pace: Pace | None = None) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.pace = pace or Pace()
+        self._oldest_first = True  # in the next step
 
     def add(self, sequence: Sequence) -> None:
         """Let it wait behind all the others."""
@@ -83,18 +93,21 @@ class Scheduler:
         self.running += admitted
         return admitted
 
-    def next_prompt(self) -> Sequence | None:
-        """The oldest running sequence whose prompt is not all computed."""
-        return next((s for s in self.running if not s.is_prefilled), None)
-
     def plan(self) -> Plan:
         """What the next step computes."""
         decode = [s for s in self.running if s.is_prefilled]
-        prefill = self.next_prompt()
-        if prefill is None:
-            return Plan(decode)
-        left = len(prefill.prompt_ids) - prefill.computed
-        return Plan(decode, prefill, min(left, self.pace.chunk(bool(decode))))
+        prompts = [s for s in self.running if not s.is_prefilled]
+        if not self._oldest_first:
+            prompts.sort(key=lambda s: s.uncomputed)
+        self._oldest_first = not (self._oldest_first and prompts)
+        budget = self.pace.budget(bool(decode))
+        chunks = []
+        for sequence in prompts:
+            if budget < min(sequence.uncomputed, SMALLEST_CHUNK):
+                break
+            chunks.append(Chunk(sequence, min(sequence.uncomputed, budget)))
+            budget -= chunks[-1].length
+        return Plan(decode, chunks)
 
 
 def _smoothed(old: float | None, new: float) -> float:

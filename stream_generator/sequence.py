@@ -99,6 +99,11 @@ class Sequence:
         """Whether all of the prompt has been computed."""
         return self.computed >= len(self.prompt_ids)
 
+    @property
+    def uncomputed(self) -> int:
+        """How many ids of the prompt are still to be computed."""
+        return max(len(self.prompt_ids) - self.computed, 0)
+
     @cached_property
     def all_end_ids(self) -> frozenset[int]:
         """The model's end ids and the request's own stop ids."""

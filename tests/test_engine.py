@@ -294,11 +294,24 @@ def test_a_model_that_runs_alone_refuses_log_probabilities_by_name() -> None:
 def test_requests_side_by_side_get_a_token_each_in_every_step() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=3)
     streams = [submit(engine) for _ in range(3)]
-    for _ in range(3):
-        engine.step()  # a prompt a step, and a token for each of the others
-    assert [s.sequence.text for s in streams] == ["abc", "ab", "a"]
+    for expected in ("a", "ab", "abc"):
+        engine.step()
+        assert [s.sequence.text for s in streams] == [expected] * 3
+
+
+def test_each_first_token_leaves_before_the_next_prompt_of_the_step_is_computed() -> None:
+    seen: list[list[int]] = []
+    streams: list[TokenStream] = []
+
+    def next_id(ids: list[int]) -> int:
+        seen.append([len(s.sequence.output_ids) for s in streams])
+        return says("abc")(ids)
+
+    engine = engine_of(fake_checkpoint(next_id), slots=3)
+    streams += [engine.submit([50 + n, *PROMPT], SamplingParams()) for n in range(3)]
+    seen.clear()
     engine.step()
-    assert [s.sequence.text for s in streams] == ["abc", "abc", "ab"]
+    assert seen == [[0, 0, 0], [1, 0, 0], [1, 1, 0]]
 
 
 def test_one_joins_and_one_leaves_between_any_two_steps() -> None:

@@ -37,6 +37,7 @@ class Requests(RuleBasedStateMachine):
         self.admitted: list[Sequence] = []
         self.gone: set[str] = set()
         self.computed: Counter[str] = Counter()
+        self.last_left_out = False  # whether the last step did nothing for the oldest prompt
 
     @rule(prompt=st.integers(1, 1500))
     def submit(self, prompt: int) -> None:
@@ -65,18 +66,25 @@ class Requests(RuleBasedStateMachine):
     def step(self, decode_ms: int, prompt_token_us: int) -> None:
         self.admitted += self.scheduler.admit(self.place)
         plan = self.scheduler.plan()
-        everyone = [*plan.decode, *([plan.prefill] if plan.prefill else [])]
+        prompts = [chunk.sequence for chunk in plan.prefill]
+        everyone = [*plan.decode, *prompts]
         assert len({s.id for s in everyone}) == len(everyone), "served twice in a step"
         assert all(s.is_prefilled for s in plan.decode)
         decoding = [s for s in self.scheduler.running if s.is_prefilled]
         assert plan.decode == decoding, "whoever has a prompt computed decodes in every step"
         unfinished = [s for s in self.scheduler.running if not s.is_prefilled]
-        assert plan.prefill is (unfinished[0] if unfinished else None), "the oldest prompt first"
-        if plan.prefill:
-            left = len(plan.prefill.prompt_ids) - plan.prefill.computed
-            assert min(left, SMALLEST_CHUNK) <= plan.chunk <= min(left, LARGEST_CHUNK)
-            plan.prefill.computed += plan.chunk
-            self.scheduler.pace.record_prefill(prompt_token_us * 1e-6 * plan.chunk, plan.chunk)
+        assert bool(prompts) == bool(unfinished), "a prompt goes on in every step"
+        if prompts:
+            oldest, nearest = unfinished[0], min(unfinished, key=lambda s: s.uncomputed)
+            assert prompts[0] in (oldest, nearest)
+            assert prompts[0] is oldest or not self.last_left_out, "the oldest in every other step"
+            self.last_left_out = oldest not in prompts
+            assert sum(chunk.length for chunk in plan.prefill) <= LARGEST_CHUNK
+        for chunk in plan.prefill:
+            left = chunk.sequence.uncomputed
+            assert min(left, SMALLEST_CHUNK) <= chunk.length <= left
+            chunk.sequence.computed += chunk.length
+            self.scheduler.pace.record_prefill(prompt_token_us * 1e-6 * chunk.length, chunk.length)
         if plan.decode:
             self.scheduler.pace.record_decode(decode_ms * 1e-3)
         for sequence in plan.decode:
@@ -101,12 +109,62 @@ TestRequests = Requests.TestCase
 TestRequests.settings = settings(deadline=None, max_examples=150, stateful_step_count=60)
 
 
+def slow_scheduler() -> Scheduler:
+    """One whose steps hold the smallest chunk beside those who decode."""
+    scheduler = Scheduler()
+    scheduler.pace.record_prefill(1.0, tokens=1)
+    scheduler.pace.record_decode(0.01)
+    return scheduler
+
+
+def run_steps(scheduler: Scheduler, until: Sequence) -> int:
+    """How many steps it takes until a prompt is computed."""
+    for count in range(1, 1000):
+        for chunk in scheduler.plan().prefill:
+            chunk.sequence.computed += chunk.length
+        if until.is_prefilled:
+            return count
+    raise AssertionError("it is never computed")
+
+
+def started(scheduler: Scheduler, name: str, prompt: int, computed: int = 0) -> Sequence:
+    sequence = new_sequence(name, prompt)
+    scheduler.add(sequence)
+    scheduler.admit(lambda s: s.start(0, computed) is None)
+    return sequence
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_before_it() -> None:
+    scheduler = slow_scheduler()
+    started(scheduler, "decodes", 1, computed=1)
+    started(scheduler, "long", 4000)
+    short = started(scheduler, "short", 64)
+    assert run_steps(scheduler, short) <= 2 * 64 // SMALLEST_CHUNK
+
+
+def test_a_long_prompt_does_not_wait_for_all_the_short_ones() -> None:
+    scheduler = slow_scheduler()
+    started(scheduler, "decodes", 1, computed=1)
+    long = started(scheduler, "long", 1600)
+    for n in range(1000):
+        started(scheduler, str(n), 64)
+    assert run_steps(scheduler, long) <= 2 * 1600 // SMALLEST_CHUNK + 1
+
+
+def test_what_a_prompt_does_not_need_of_a_step_goes_to_the_next() -> None:
+    scheduler = Scheduler()
+    sequences = [started(scheduler, str(n), 70) for n in range(3)]
+    assert [(c.sequence, c.length) for c in scheduler.plan().prefill] == [
+        (s, 70) for s in sequences
+    ]
+
+
 def test_a_prompt_alone_goes_in_large_chunks() -> None:
-    assert Pace().chunk(others_decode=False) == LARGEST_CHUNK
+    assert Pace().budget(others_decode=False) == LARGEST_CHUNK
 
 
 def test_before_anything_is_measured_a_chunk_is_small() -> None:
-    assert Pace().chunk(others_decode=True) == FIRST_CHUNK
+    assert Pace().budget(others_decode=True) == FIRST_CHUNK
 
 
 @pytest.mark.parametrize(
@@ -120,4 +178,4 @@ def test_beside_others_a_chunk_takes_about_as_long_as_their_step(
     for _ in range(50):
         pace.record_decode(decode)
         pace.record_prefill(per_token * 100, 100)
-    assert abs(pace.chunk(others_decode=True) - chunk) <= 1
+    assert abs(pace.budget(others_decode=True) - chunk) <= 1

@@ -19,6 +19,8 @@ from stream_generator.errors import (
     GenerationFailed,
     InvalidRequest,
     QueueFull,
+    StreamGeneratorError,
+    TimeLimitReached,
 )
 from stream_generator.model_runner import Runner, runner_for
 from stream_generator.prefix_cache import PrefixCache
@@ -35,6 +37,10 @@ from stream_generator.token_stream import TokenStream
 
 logger = logging.getLogger(__name__)
 
+WAITING_CONTEXTS = 16  # the tokens of all prompts that wait, in contexts of the model
+STUCK_SECONDS = 60.0  # a step that takes longer hangs: slow machines need some for a long prompt
+SHUTTING_DOWN = "the service is shutting down; send the request again later"
+
 
 class Engine:
     """Serves many requests at once from one model, on one computing thread.
@@ -48,18 +54,30 @@ class Engine:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, max_waiting: int = 32, runner: Runner | None = None
+        self,
+        checkpoint: Checkpoint,
+        *,
+        max_waiting: int = 32,
+        max_seconds: float | None = None,
+        runner: Runner | None = None,
     ):
-        """runner: by default the one that fits the model, as large as the memory allows."""
+        """max_waiting: requests in the queue; their prompts hold 16 contexts' tokens at most.
+        max_seconds: for each request, from `submit` on.
+        runner: by default the one that fits the model, as large as the memory allows.
+        """
         self._runner = runner or runner_for(checkpoint.model, checkpoint.context_length)
         self.checkpoint = replace(checkpoint, context_length=self._runner.context_length)
         self.max_waiting = max_waiting
+        self.max_waiting_tokens = WAITING_CONTEXTS * self.checkpoint.context_length
         self.max_running = self._runner.slots
+        self._max_seconds = max_seconds
         self._changed = threading.Condition()  # guards the streams, the scheduler and the rest
         self._streams: dict[str, TokenStream] = {}  # waiting and running, by request id
         self._scheduler = Scheduler()
         self._errands: list[tuple[Callable[[], None], Future[None]]] = []
         self._closing = self._serving = False
+        self._drained_by: float | None = None  # when the last streams must have ended
+        self._step_began: float | None = None
         self.failed = False  # whether the engine itself has failed, not a request
         self._thread: threading.Thread | None = None
         self._prefixes = PrefixCache(self._runner.slots)  # of the computing thread alone
@@ -72,19 +90,20 @@ class Engine:
         Raises `PromptTooLong` or `InvalidRequest` for what can't be served, `QueueFull`,
         `EngineClosed` or `DuplicateRequest` for what can't be served now.
         """
-        return self.submit_several(prompt_ids, params, 1, request_id)[0]
+        return self.submit_several([prompt_ids], params, 1, request_id)[0]
 
     def submit_several(
         self,
-        prompt_ids: Iterable[int],
+        prompts: Iterable[Iterable[int]],
         params: SamplingParams,
         n: int,
         request_id: str | None = None,
     ) -> list[TokenStream]:
-        """Ask for `n` replies to one prompt, which is computed once; all are taken in, or none.
+        """Ask for `n` replies to each prompt, which is computed once; all are taken in, or none.
 
-        Where `params` name a seed, reply i has the seed plus i. The ids of the replies after the
-        first end in "-1", "-2" and so on. Raises as `submit` does.
+        Where `params` name a seed, a prompt's reply i has the seed plus i. Streams come prompt by
+        prompt; the ids of those after the first end in "-1", "-2" and so on. Raises as `submit`
+        does.
         """
         if params.logprobs is not None and not self._runner.has_logprobs:
             raise InvalidRequest(
@@ -92,38 +111,59 @@ class Engine:
                 "logprobs out",
                 param="logprobs",
             )
-        prompt, first_id = list(prompt_ids), request_id or uuid.uuid4().hex
-        streams = [
-            TokenStream(
-                self.checkpoint.new_sequence(
-                    prompt, _with_seed(params, i), request_id=f"{first_id}-{i}" if i else first_id
-                ),
-                self.abort,
+        first_id = request_id or uuid.uuid4().hex
+        streams: list[TokenStream] = []
+        for prompt in map(list, prompts):
+            for i in range(n):
+                name = f"{first_id}-{len(streams)}" if streams else first_id
+                sequence = self.checkpoint.new_sequence(
+                    prompt, _with_seed(params, i), request_id=name
+                )
+                if self._max_seconds is not None:
+                    sequence.deadline = sequence.submitted_at + self._max_seconds
+                streams.append(TokenStream(sequence, self.abort))
+        if len(streams) > self.max_waiting + self.max_running:
+            raise InvalidRequest(
+                f"{len(streams)} replies are more than the {self.max_waiting + self.max_running} "
+                "that are served and wait at a time; ask for fewer",
+                param="n",
             )
-            for i in range(n)
-        ]
         with self._changed:
-            if self._closing:
-                raise EngineClosed("the service is shutting down; send the request again later")
-            for stream in streams:
-                if stream.id in self._streams:
-                    raise DuplicateRequest(f"a request with the id {stream.id} is still running")
-            ahead = len(self._scheduler.waiting)
-            if ahead + n > self.max_waiting + self._prefixes.free:
-                raise QueueFull(f"{ahead} requests are waiting already; try again in a while")
+            self._refuse_if_full(streams)
             for stream in streams:
                 self._streams[stream.id] = stream
                 self._scheduler.add(stream.sequence)
                 if (position := len(self._scheduler.waiting) - self._prefixes.free) > 0:
                     stream.put(QueuePosition(position))
-            self._changed.notify()
+            self._changed.notify_all()
         return streams
+
+    def _refuse_if_full(self, streams: list[TokenStream]) -> None:
+        """Raise what speaks against taking these in. `_changed` is held."""
+        if self._closing or self._drained_by is not None:
+            raise EngineClosed(SHUTTING_DOWN)
+        for stream in streams:
+            if stream.id in self._streams:
+                raise DuplicateRequest(f"a request with the id {stream.id} is still running")
+        waiting, free = self._scheduler.waiting, self._prefixes.free
+        tokens = sum(len(s.prompt_ids) for s in [*waiting, *(x.sequence for x in streams)])
+        if len(waiting) + len(streams) > self.max_waiting + free:
+            raise QueueFull(f"{len(waiting)} requests are waiting already; try again in a while")
+        if len(waiting) + len(streams) > free and waiting and tokens > self.max_waiting_tokens:
+            raise QueueFull(
+                "the prompts that are waiting are too long in all; try again in a while"
+            )
 
     def abort(self, sequence: Sequence) -> None:
         """End a request whose reader has left, when the step in progress ends."""
         with self._changed:
             sequence.abort_requested = True
-            self._changed.notify()
+            self._changed.notify_all()
+
+    def wait_until_ended(self, sequence: Sequence) -> None:
+        """Return when a sequence that was submitted has its finish reason."""
+        with self._changed:
+            self._changed.wait_for(lambda: sequence.finish_reason is not None)
 
     def clear(self) -> None:
         """Forget computed prefixes and give cached device memory back; returns when it is done."""
@@ -134,7 +174,7 @@ class Engine:
 
         And some more of the prompts that are not computed yet. What is there is delivered at once.
         """
-        self._drop_aborted()
+        self._drop()
         self._admit()
         plan = self._scheduler.plan()
         for sequence, sampled in self._compute(plan):
@@ -142,16 +182,19 @@ class Engine:
         return not plan.is_empty
 
     def run(self) -> None:
-        """Serve until `stop` is called, or the engine itself fails; whoever is left is told why."""
+        """Serve until it is stopped or drained, or fails itself; whoever is left is told why."""
         self._serving = True
-        reason = "the service is shutting down; send the request again later"
+        reason: StreamGeneratorError = EngineClosed(SHUTTING_DOWN)
         try:
             while self._wait_for_work():
                 self._run_errands()
+                self._step_began = time.monotonic()
                 self.step()
+                self._step_began = None
         except BaseException:
             logger.exception("the engine failed; restart the service")
-            reason, self.failed = "the engine failed; the service must be restarted", True
+            reason = GenerationFailed("the engine failed; the service must be restarted")
+            self.failed = True
         finally:
             self._serving = False
             self._fail_all(reason)
@@ -165,21 +208,45 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
+        """Whether it computes, or would; also while it drains."""
+        began = self._step_began
+        stuck = began is not None and time.monotonic() - began > STUCK_SECONDS
+        return self._serving and not self._closing and not stuck
+
+    @property
+    def accepting(self) -> bool:
         """Whether requests that are submitted now will be served."""
-        return self._serving and not self._closing
+        return self.healthy and self._drained_by is None
+
+    @property
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return len(self._scheduler.running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for one."""
+        return len(self._scheduler.waiting)
+
+    def drain(self, seconds: float) -> None:
+        """Take nothing new; `run` returns when all is finished, or after so long. Also from a
+        signal handler."""
+        with self._changed:
+            self._drained_by = time.monotonic() + seconds
+            self._changed.notify_all()
 
     def stop(self) -> None:
         """Let `run` return after its step. Also from a signal handler."""
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Take nothing new, end the thread of `start`, and fail what is left."""
         self.stop()
         if self._thread is not None:
             self._thread.join()
-        self._fail_all("the service is shutting down; send the request again later")
+        self._fail_all(EngineClosed(SHUTTING_DOWN))
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to do; False when the engine is to close."""
@@ -188,17 +255,25 @@ class Engine:
                 # With a limit: a signal handler may set `_closing` on this very thread, just before
                 # it begins to wait, and its notification then finds nobody.
                 if self._changed.wait_for(self._has_work, timeout=1.0):
-                    return not self._closing
+                    return not self._closing and not self._drained()
 
     def _has_work(self) -> bool:
-        return bool(self._streams or self._errands or self._closing)
+        return bool(self._streams or self._errands or self._closing or self._drained())
 
-    def _drop_aborted(self) -> None:
-        """Release every sequence that nobody reads any more."""
+    def _drained(self) -> bool:
+        limit = self._drained_by
+        return limit is not None and (not self._streams or time.monotonic() >= limit)
+
+    def _drop(self) -> None:
+        """Release every sequence that nobody reads any more, or that would begin too late."""
         with self._changed:
-            aborted = [s.sequence for s in self._streams.values() if s.sequence.abort_requested]
-        for sequence in aborted:
-            self._deliver(sequence, sequence.abort())
+            sequences = [stream.sequence for stream in self._streams.values()]
+        for sequence in sequences:
+            if sequence.abort_requested:
+                self._deliver(sequence, sequence.abort())
+            elif sequence.is_late and sequence.first_token_at is None:
+                late = TimeLimitReached("no token came within the time limit; try again later")
+                self._deliver(sequence, sequence.fail(late))
 
     def _admit(self) -> None:
         """Give free slots to those who have waited longest, with what is computed for them."""
@@ -281,6 +356,7 @@ class Engine:
                 del self._streams[sequence.id]
                 self._scheduler.remove(sequence)
                 self._prefixes.release(sequence, keep=sound and self._runner.keeps_prefixes)
+                self._changed.notify_all()
             if sequence.slot is not None:
                 self._runner.release(sequence, sound=sound)
         stream.put(output)
@@ -289,9 +365,9 @@ class Engine:
         done: Future[None] = Future()
         with self._changed:
             if self._closing:
-                raise EngineClosed("the service is shutting down")
+                raise EngineClosed(SHUTTING_DOWN)
             self._errands.append((errand, done))
-            self._changed.notify()
+            self._changed.notify_all()
         done.result()
 
     def _run_errands(self) -> None:
@@ -304,7 +380,7 @@ class Engine:
             else:
                 done.set_result(None)
 
-    def _fail_all(self, reason: str) -> None:
+    def _fail_all(self, reason: StreamGeneratorError) -> None:
         """The end: nothing new comes in, and whoever still waits is told why."""
         with self._changed:
             self._closing = True
@@ -312,7 +388,7 @@ class Engine:
         for stream in streams:
             self._deliver(stream.sequence, stream.sequence.fail(reason))
         while self._errands:
-            self._errands.pop(0)[1].set_exception(EngineClosed(reason))
+            self._errands.pop(0)[1].set_exception(reason)
 
     def _forget(self) -> None:
         self._prefixes.clear()
@@ -330,11 +406,11 @@ def _with_seed(params: SamplingParams, offset: int) -> SamplingParams:
 def _taken(sequence: Sequence, sampled: Sampled) -> TokenOutput:
     """What a sequence makes of its new id; turning it into text may fail, as computing may."""
     if isinstance(sampled, GenerationFailed):
-        return sequence.fail(str(sampled))
+        return sequence.fail(sampled)
     try:
         return sequence.take(sampled)
     except Exception as error:
-        return sequence.fail(str(_failure(sequence, error)))
+        return sequence.fail(_failure(sequence, error))
 
 
 def _failure(sequence: Sequence, error: Exception) -> GenerationFailed:

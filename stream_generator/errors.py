@@ -37,5 +37,9 @@ class DuplicateRequest(StreamGeneratorError):
     """A request with this id is still waiting or running."""
 
 
+class TimeLimitReached(StreamGeneratorError):
+    """The request's time was over before its first token."""
+
+
 class GenerationFailed(StreamGeneratorError):
     """Computing this request's tokens failed; other requests are not affected."""

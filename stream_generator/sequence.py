@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from stream_generator.detokenizer import Detokenizer
+from stream_generator.errors import StreamGeneratorError
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.stop_strings import StopStrings
 
@@ -16,7 +17,7 @@ class FinishReason(StrEnum):
     """Why a sequence ended."""
 
     STOP = "stop"  # an end-of-sequence id or a stop string
-    LENGTH = "length"  # max_new_tokens, or the context is full
+    LENGTH = "length"  # max_new_tokens, the context is full, or its time is over
     ABORT = "abort"  # the reader left
     ERROR = "error"  # computing failed
 
@@ -68,13 +69,14 @@ class Sequence:
     output_ids: list[int] = field(default_factory=list)
     deltas: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
-    error: str | None = None
+    error: StreamGeneratorError | None = None
     abort_requested: bool = False
     slot: int | None = None  # its row in the cache, while it runs
     computed: int = 0  # how many of its ids have their keys and values there
     cached_tokens: int = 0  # how many of its prompt were there when it came
     generator: Any = None  # the sequence's own torch.Generator
     number: float | None = None  # what it has drawn for its next id, until that id is taken
+    deadline: float | None = None  # by time.monotonic(): no token begins after it
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
@@ -110,6 +112,11 @@ class Sequence:
         return frozenset((*self.end_ids, *(self.params.stop_token_ids or ())))
 
     @property
+    def is_late(self) -> bool:
+        """Whether its time is over."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    @property
     def is_full(self) -> bool:
         """Whether the length limit, or the end of the context, is reached."""
         length = len(self.output_ids)
@@ -138,7 +145,7 @@ class Sequence:
         delta, stopped = self._stop_strings.feed(self.detokenizer.decode(token_id))
         if stopped:
             return self._end(FinishReason.STOP, choice, delta, flush=False)
-        if self.is_full:
+        if self.is_full or self.is_late:
             return self._end(FinishReason.LENGTH, choice, delta)
         self.deltas.append(delta)
         return TokenOutput(delta, choice)
@@ -147,8 +154,8 @@ class Sequence:
         """End it because nobody reads it any more."""
         return self._end(FinishReason.ABORT, flush=False)
 
-    def fail(self, error: str) -> TokenOutput:
-        """End it because computing failed; `error` is told to the reader."""
+    def fail(self, error: StreamGeneratorError) -> TokenOutput:
+        """End it because computing failed; `error` is raised at the reader's."""
         self.error = error
         return self._end(FinishReason.ERROR, flush=False)  # flushing is what may have failed
 

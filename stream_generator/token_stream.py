@@ -5,7 +5,6 @@ from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from stream_generator.errors import GenerationFailed
 from stream_generator.sequence import FinishReason, QueuePosition, Sequence, TokenOutput
 
 
@@ -31,7 +30,8 @@ class TokenStream:
         """The next output, the last of which has a finish reason; None if none came in time.
 
         timeout: seconds; without one, wait as long as it takes.
-        Raises `GenerationFailed` in place of the last output if computing failed.
+        In place of the last output raises why there is none: `GenerationFailed` if computing
+        failed, `TimeLimitReached`, or `EngineClosed`.
         """
         try:
             output = self._outputs.get(timeout=timeout)
@@ -40,7 +40,8 @@ class TokenStream:
         reason = output.finish_reason if isinstance(output, TokenOutput) else None
         self._ended = reason is not None
         if reason is FinishReason.ERROR:
-            raise GenerationFailed(self.sequence.error)
+            assert self.sequence.error is not None
+            raise self.sequence.error
         return output
 
     def __iter__(self) -> Iterator[TokenOutput]:

@@ -17,7 +17,7 @@ from werkzeug.exceptions import (
 from stream_generator.chat import Prompt
 from stream_generator.checkpoint import Checkpoint
 from stream_generator.engine import Engine
-from stream_generator.errors import GenerationFailed, StreamGeneratorError
+from stream_generator.errors import StreamGeneratorError
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.token_stream import TokenStream
 from stream_service import wire
@@ -181,7 +181,8 @@ def _from_first_token(
         if event is None:
             continue
         if event["event"] == "error":
-            raise GenerationFailed(tokens.sequence.error)
+            assert tokens.sequence.error is not None
+            raise tokens.sequence.error
         if event["event"] in ("delta", "end"):
             return chain([event], events)
     raise AssertionError("a stream of events ends with 'end' or 'error'")

@@ -11,6 +11,7 @@ from stream_generator.errors import (
     PromptTooLong,
     QueueFull,
     StreamGeneratorError,
+    TimeLimitReached,
 )
 
 MAX_MESSAGE, MAX_PARAM = 1000, 200  # bytes as JSON, so that a body stays under 2 KB
@@ -21,6 +22,7 @@ _ANSWERS: dict[type[BaseException], tuple[int, str, str]] = {
     InvalidRequest: (400, "invalid_request_error", "invalid_value"),
     DuplicateRequest: (409, "invalid_request_error", "duplicate_request_id"),
     QueueFull: (429, "rate_limit_error", "queue_full"),
+    TimeLimitReached: (503, "server_error", "time_limit"),
     EngineClosed: (503, "server_error", "unavailable"),
     GenerationFailed: (500, "server_error", "generation_failed"),
     StreamGeneratorError: (500, "server_error", "internal_error"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stream_generator.chat import Prompt
-from stream_generator.errors import GenerationFailed
+from stream_generator.errors import StreamGeneratorError
 from stream_generator.sequence import Choice, QueuePosition, Sequence
 from stream_generator.token_stream import TokenStream
 from stream_service.errors import answer
@@ -67,7 +67,7 @@ def events(
     while True:
         try:
             output = stream.get(timeout=HEARTBEAT_SECONDS)
-        except GenerationFailed as error:
+        except StreamGeneratorError as error:
             body, _ = answer(error, stream.id)
             yield {"event": "error", **body}
             return

@@ -22,6 +22,7 @@ from stream_generator.errors import (
     InvalidRequest,
     PromptTooLong,
     QueueFull,
+    TimeLimitReached,
 )
 from stream_generator.generate import stream_generate
 from stream_generator.model_runner import SoloRunner, runner_for
@@ -218,7 +219,7 @@ def test_close_lets_nobody_hang(start: Any) -> None:
     closing.start()
     gate.allow(10)
     for stream in streams:
-        with pytest.raises(GenerationFailed, match="shutting down"):
+        with pytest.raises(EngineClosed, match="shutting down"):
             text(stream)
     closing.join(TIMEOUT)
     assert not engine.healthy
@@ -571,7 +572,7 @@ def test_several_replies_to_one_prompt_compute_it_once_and_are_those_of_each_see
     checkpoint = Checkpoint.of(tiny_llama(vocab_size=258), byte_tokenizer())
     params = SamplingParams(seed=5, temperature=2.0, max_new_tokens=8)
     engine = engine_of(checkpoint, slots=4, max_waiting=0)
-    together = engine.submit_several(PROMPT, params, 4, "r")
+    together = engine.submit_several([PROMPT], params, 4, "r")
     assert [stream.id for stream in together] == ["r", "r-1", "r-2", "r-3"]
     while engine.step():
         pass
@@ -588,13 +589,12 @@ def test_several_replies_to_one_prompt_compute_it_once_and_are_those_of_each_see
 
 
 def test_several_replies_are_taken_in_all_or_none(engine: Engine) -> None:
-    with pytest.raises(QueueFull):
-        engine.submit_several(PROMPT, SamplingParams(), 5)
-    assert not engine.step()
     submit(engine, "x-1")
+    with pytest.raises(QueueFull):
+        engine.submit_several([PROMPT], SamplingParams(), 4)
     with pytest.raises(DuplicateRequest):
-        engine.submit_several(PROMPT, SamplingParams(), 2, "x")
-    assert len(engine.submit_several(PROMPT, SamplingParams(), 3)) == 3
+        engine.submit_several([PROMPT], SamplingParams(), 2, "x")
+    assert len(engine.submit_several([PROMPT], SamplingParams(), 3)) == 3
 
 
 @pytest.mark.parametrize("when", ["prompt", "reply"])
@@ -621,3 +621,139 @@ def test_a_lost_device_ends_the_engine_at_once_and_everybody_is_told(when: str) 
             list(stream)
     with pytest.raises(EngineClosed):
         submit(engine)
+
+
+def test_replies_to_several_prompts_come_prompt_by_prompt() -> None:
+    def echo(ids: list[int]) -> int:
+        return ids[0] if len(ids) < 13 else 256
+
+    engine = engine_of(fake_checkpoint(echo), slots=4)
+    streams = engine.submit_several([[65, *PROMPT], [66, *PROMPT]], SamplingParams(), 2, "r")
+    while engine.step():
+        pass
+    assert [text(s) for s in streams] == ["AA", "AA", "BB", "BB"]
+    assert [s.id for s in streams] == ["r", "r-1", "r-2", "r-3"]
+
+
+def test_more_replies_than_could_ever_be_served_are_no_matter_of_waiting(engine: Engine) -> None:
+    with pytest.raises(InvalidRequest, match="5 replies are more than the 4"):
+        engine.submit_several([PROMPT], SamplingParams(), 5)
+
+
+def test_the_prompts_that_wait_are_bounded_in_tokens_too() -> None:
+    engine = engine_of(fake_checkpoint(says("abc")), slots=1, max_waiting=100)
+    long = [1] * 500
+    taken = []
+    with pytest.raises(QueueFull, match="too long in all"):
+        for _ in range(100):
+            taken.append(engine.submit(long, SamplingParams()))
+    assert sum(len(s.sequence.prompt_ids) for s in taken) <= engine.max_waiting_tokens
+    assert len(taken) == engine.max_waiting_tokens // 500
+    while engine.step():
+        pass
+    engine.submit(long, SamplingParams())
+
+
+def test_racing_submits_exceed_neither_bound() -> None:
+    engine = engine_of(fake_checkpoint(says("abc")), slots=4, max_waiting=300)
+    refused = []
+
+    def submit_some() -> None:
+        rng = random.Random(threading.get_ident())
+        for _ in range(625):
+            try:
+                engine.submit([1] * rng.randrange(1, 100), SamplingParams())
+            except QueueFull:
+                refused.append(1)
+            assert engine.waiting <= 304
+            waiting = list(engine._scheduler.waiting)
+            assert sum(len(s.prompt_ids) for s in waiting) <= engine.max_waiting_tokens
+
+    failures: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            submit_some()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(refused) + engine.waiting == 10_000
+
+
+def test_draining_finishes_what_is_there_and_takes_nothing_new(start: Any) -> None:
+    gate = Gate(says("abc"))
+    engine = start(gate, slots=1)
+    running, waiting = submit(engine), submit(engine)
+    assert gate.arrived.acquire(timeout=TIMEOUT)
+    engine.drain(seconds=TIMEOUT)
+    assert engine.healthy
+    assert not engine.accepting
+    with pytest.raises(EngineClosed, match="shutting down"):
+        submit(engine)
+    gate.allow(100)
+    assert [text(running), text(waiting)] == ["abc", "abc"]
+    engine._thread.join(timeout=TIMEOUT)
+    assert not engine._thread.is_alive()
+    assert not engine.failed
+
+
+def test_what_is_left_when_draining_has_lasted_too_long_is_told_so(start: Any) -> None:
+    gate = Gate(says("abc"))
+    engine = start(gate, slots=1)
+    running, waiting = submit(engine), submit(engine)
+    assert gate.arrived.acquire(timeout=TIMEOUT)
+    engine.drain(seconds=0)
+    gate.allow(100)
+    for stream in (running, waiting):
+        with pytest.raises(EngineClosed, match="shutting down"):
+            text(stream)
+
+
+def test_a_reply_ends_by_length_when_its_time_is_over_and_a_prompt_never_begins() -> None:
+    engine = engine_of(fake_checkpoint(says("abc")), slots=1)
+    first, second, third = submit(engine), submit(engine), submit(engine)
+    engine.step()
+    first.sequence.deadline = second.sequence.deadline = 0.0  # long ago
+    while engine.step():
+        pass
+    assert (text(first), first.sequence.finish_reason) == ("ab", FinishReason.LENGTH)
+    with pytest.raises(TimeLimitReached, match="time limit"):
+        text(second)
+    assert text(third) == "abc"
+
+
+def test_each_request_has_the_time_that_the_engine_gives_it() -> None:
+    engine = engine_of(fake_checkpoint(says("abc")), slots=1, max_seconds=50)
+    sequence = submit(engine).sequence
+    assert sequence.deadline == sequence.submitted_at + 50
+    assert submit(engine_of(fake_checkpoint(says("abc")), slots=1)).sequence.deadline is None
+
+
+def test_one_may_wait_until_another_ones_request_has_ended(start: Any) -> None:
+    gate = Gate(says("abc"))
+    engine = start(gate)
+    stream = submit(engine)
+    assert gate.arrived.acquire(timeout=TIMEOUT)
+    stream.close()
+    gate.allow()
+    engine.wait_until_ended(stream.sequence)
+    assert stream.sequence.finish_reason is FinishReason.ABORT
+
+
+def test_a_step_that_hangs_is_no_sign_of_health(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(says("abc"))
+    engine = start(gate)
+    submit(engine)
+    assert gate.arrived.acquire(timeout=TIMEOUT)
+    assert engine.accepting
+    monkeypatch.setattr("stream_generator.engine.STUCK_SECONDS", 0.0)
+    assert not engine.accepting
+    gate.allow(100)

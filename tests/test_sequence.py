@@ -4,6 +4,7 @@ from typing import Any
 
 from fakes import END, fake_checkpoint, says
 
+from stream_generator.errors import GenerationFailed
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.sequence import Choice, FinishReason, Sequence
 
@@ -55,5 +56,6 @@ def test_the_end_of_the_context_ends_it_with_length() -> None:
 def test_a_failure_keeps_the_text_and_the_cause() -> None:
     seq = sequence()
     take_all(seq, b"ab")
-    assert seq.fail("because").finish_reason is FinishReason.ERROR
-    assert (seq.text, seq.error) == ("ab", "because")
+    because = GenerationFailed("because")
+    assert seq.fail(because).finish_reason is FinishReason.ERROR
+    assert (seq.text, seq.error) == ("ab", because)

@@ -2,7 +2,8 @@
 
     python llama3_app.py        or        gradio llama3_app.py
 
-It reaches the service over HTTP alone, at LLAMA3_ADDRESS or else ADDRESS.
+It reaches the service over HTTP alone, at LLAMA3_ADDRESS or else ADDRESS, with LLAMA3_API_KEY if
+there is one.
 """
 
 import os
@@ -24,7 +25,9 @@ def reply(message: str, history: list[dict[str, Any]], system_prompt: str | None
     if system_prompt and system_prompt.strip():  # Gradio sends None for a box never touched
         conversation.insert(0, {"role": "system", "content": system_prompt})
     conversation.append({"role": "user", "content": message})
-    client = StreamClient(os.environ.get("LLAMA3_ADDRESS", ADDRESS))
+    client = StreamClient(
+        os.environ.get("LLAMA3_ADDRESS", ADDRESS), api_key=os.environ.get("LLAMA3_API_KEY")
+    )
     text = ""
     try:
         with client.stream(conversation) as deltas:

@@ -4,6 +4,7 @@ python llama3_service.py [--ckpts DIRECTORY_OR_HUB_ID] [--app]
 """
 
 import argparse
+import logging
 import os
 import signal
 import subprocess
@@ -11,57 +12,16 @@ import sys
 import threading
 from pathlib import Path
 
+from stream_service.command_line import parse_arguments
+
 PAGE = Path(__file__).with_name("llama3_app.py")
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked."""
-    parser = argparse.ArgumentParser(
-        description="Stream the replies of a language model, token by token, over HTTP."
-    )
-    add = parser.add_argument
-    add("-H", "--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("-P", "--port", type=_port, default=8800, help="port to listen on (%(default)s)")
-    add(
-        "-c",
-        "--ckpts",
-        metavar="MODEL",
-        help="directory in Hugging Face format, or hub id (a small demo model)",
-    )
-    add(
-        "--quantize",
-        choices=["auto", "none", "int8", "int4"],
-        default="auto",
-        help="bits of each weight; auto: as the checkpoint has them (%(default)s)",
-    )
-    add("--app", action="store_true", help="start the chat page too")
-    add("--app-port", type=_port, default=7860, help="port of the chat page (%(default)s)")
-    add(
-        "--max-concurrent",
-        type=_positive,
-        metavar="N",
-        help="requests that are served at the same time (as the memory allows, at most 32)",
-    )
-    add(
-        "--max-context",
-        type=_positive,
-        metavar="TOKENS",
-        help="prompt and reply together (the model's own limit, if the memory allows)",
-    )
-    add(
-        "--max-queue",
-        type=_positive,
-        default=32,
-        metavar="N",
-        help="requests that may wait; one more gets status 429 (%(default)s)",
-    )
-    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Serve until a signal ends it; returns the exit status."""
     args = parse_arguments(arguments)
     limit_spinning()
+    start_log(args.log_json)
     # Imported here, so that --help and a mistyped flag answer at once.
     from stream_service.server import Server, bind
 
@@ -74,12 +34,16 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    # From now on it answers, if only that the model is loading.
+    server = Server(listening, max_body=args.settings.max_body)
+    serving = threading.Thread(target=server.run, name="server", daemon=True)
+    serving.start()
 
     from stream_generator.checkpoint import load_checkpoint
     from stream_generator.engine import Engine
     from stream_generator.errors import CheckpointError
     from stream_generator.model_runner import runner_for
-    from stream_service.app import MAX_BODY_BYTES, create_app
+    from stream_service.app import create_app
 
     try:
         checkpoint = load_checkpoint(args.ckpts, args.quantize)
@@ -96,13 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("ended while loading", file=sys.stderr)
         return 1
     print(f"{checkpoint.name}: {runner.describe()}", flush=True)
-    engine = Engine(checkpoint, max_waiting=args.max_queue, runner=runner)
-    server = Server(
-        create_app(engine),
-        listening,
-        max_open=args.max_queue + engine.max_running,
-        max_body=MAX_BODY_BYTES,
+    engine = Engine(
+        checkpoint, max_waiting=args.max_queue, max_seconds=args.max_time, runner=runner
     )
+    server.open(create_app(engine, args.settings), max_open=engine.max_waiting + engine.max_running)
 
     def end(signal_number: int, frame: object) -> None:
         if ending.is_set():  # a second one ends at once, and the page with it
@@ -110,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
                 page.kill()
             os._exit(1)
         ending.set()
-        engine.stop()
+        engine.drain(args.drain)
 
     ending = threading.Event()
     page: subprocess.Popen[bytes] | None = None
@@ -118,12 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, end)
     address = f"http://{_reachable(args.host)}:{server.port}"
     page = _start_page(args, address) if args.app else None
-    print(
-        f"{checkpoint.name} is ready at {address}. Try:\n\n    {_curl_line(address)}\n", flush=True
-    )
+    print(_welcome(args, checkpoint.name, address), flush=True)
     # The computing stays on this thread, which has loaded the model (see `Engine`).
-    serving = threading.Thread(target=server.run, name="server")
-    serving.start()
     try:
         engine.run()
     finally:
@@ -145,6 +102,38 @@ def limit_spinning() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
+def start_log(as_json: bool) -> None:
+    """One line to stderr for each request, and what else there is to say."""
+    handler = logging.StreamHandler()
+    if as_json:
+        from pythonjsonlogger.json import JsonFormatter
+
+        handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for name in ("stream_generator", "stream_service"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _welcome(args: argparse.Namespace, model: str, address: str) -> str:
+    """What a person who has just started it wants to know."""
+    keys = args.settings.api_keys
+    is_open = args.settings.allowed_hosts is None and not keys
+    warning = (
+        f"\nWARNING: {args.host} can be reached from outside, and no key is asked for. Give one "
+        "with LLAMA3_API_KEY or --api-key-file.\n"
+    )
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if keys else ""
+    body = '{"query": "Explain how a rainbow forms."}'
+    return (
+        f"{model} is ready at {address} (for OpenAI's clients: {address}/v1; the protocol: "
+        f"{address}/docs). Try:\n\n"
+        f"    curl -N {key}-H 'Content-Type: application/json' -d '{body}' {address}/stream\n"
+        f"{warning if is_open else ''}"
+    )
+
+
 def _start_page(args: argparse.Namespace, address: str) -> "subprocess.Popen[bytes]":
     """The chat page, as a process of its own: it knows the service by its address alone."""
     environment = {
@@ -153,12 +142,9 @@ def _start_page(args: argparse.Namespace, address: str) -> "subprocess.Popen[byt
         "GRADIO_SERVER_NAME": args.host,
         "GRADIO_SERVER_PORT": str(args.app_port),
     }
+    if args.settings.api_keys:
+        environment["LLAMA3_API_KEY"] = args.settings.api_keys[0]
     return subprocess.Popen([sys.executable, str(PAGE)], env=environment)
-
-
-def _curl_line(address: str) -> str:
-    body = '{"query": "Explain how a rainbow forms."}'
-    return f"curl -N -H 'Content-Type: application/json' -d '{body}' {address}/stream"
 
 
 def _reachable(host: str) -> str:
@@ -166,20 +152,6 @@ def _reachable(host: str) -> str:
     if host in ("0.0.0.0", "::"):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
-
-
-def _port(text: str) -> int:
-    value = int(text) if text.isdecimal() else -1
-    if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port; use 0 to 65535")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":

@@ -123,7 +123,8 @@ class Service:
         while True:
             assert self._process.poll() is None, f"{self.system} ended at its start"
             try:
-                if requests.get(f"{self.url}/health", timeout=1).ok:
+                path = "ready" if self.system == "ours" else "health"
+                if requests.get(f"{self.url}/{path}", timeout=1).ok:
                     return self
             except requests.RequestException:
                 pass

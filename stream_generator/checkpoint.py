@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from stream_generator.chat import ChatFormat
 from stream_generator.demo_model import DEMO_NAME, PACKED_FILE, demo_model_directory
-from stream_generator.detokenizer import Detokenizer
+from stream_generator.detokenizer import Detokenizer, token_bytes
 from stream_generator.errors import CheckpointError, InvalidRequest, PromptTooLong
 from stream_generator.fused import fuse
 from stream_generator.packed_cache import PackedCache
@@ -101,6 +101,16 @@ class Checkpoint:
             detokenizer=Detokenizer(self.tokenizer),
             generator=None if resolved.greedy else generator_for(resolved.seed or 0),
         )
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text to go on from, control tokens read as such, with one begin-of-text."""
+        ids: list[int] = self.tokenizer.encode(text)
+        begin = self.tokenizer.bos_token_id
+        return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What an id stands for, also where it is a part of a character only."""
+        return token_bytes(self.tokenizer, token_id)
 
     def _check_ids(self, param: str, ids: Iterable[int]) -> None:
         for token_id in ids:

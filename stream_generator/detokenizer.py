@@ -1,5 +1,6 @@
 """Ids to text deltas, one id at a time, at a cost that does not grow with the reply."""
 
+import re
 from typing import Any
 
 REPLACEMENT = "\ufffd"
@@ -11,6 +12,18 @@ MAX_INCOMPLETE = 3
 KEEP = 8  # ids of context that stay in the window: more than an incomplete character can span
 SLIDE_AT = 24  # ids in the window at which it is cut back
 GIVE_UP_AT = 64  # ids after which a rewritten run of bytes is delivered as it stands
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+def _byte_of() -> dict[str, int]:
+    """What byte a character stands for in byte-level vocabularies (GPT-2's table)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+
+
+BYTE_OF = _byte_of()
 
 
 class Detokenizer:
@@ -88,3 +101,16 @@ def _uncertain(text: str) -> int:
     """How many characters at the end of `text` the next id may still replace."""
     stripped = text.rstrip(REPLACEMENT)
     return min(len(text) - len(stripped), MAX_INCOMPLETE)
+
+
+def token_bytes(tokenizer: Any, token_id: int) -> bytes:
+    """The bytes that an id stands for, also where they are a part of a character only."""
+    name = str(tokenizer.convert_ids_to_tokens(token_id))
+    if token_id in tokenizer.added_tokens_decoder:
+        return name.encode()
+    if BYTE_TOKEN.fullmatch(name):  # of a byte-fallback vocabulary
+        return bytes([int(name[3:5], 16)])
+    text: str = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+    if REPLACEMENT in text and all(char in BYTE_OF for char in name):
+        return bytes(BYTE_OF[char] for char in name)
+    return text.encode()

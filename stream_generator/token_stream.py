@@ -1,6 +1,7 @@
 """The reader's end of one request."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Self
@@ -21,6 +22,7 @@ class TokenStream:
         self._abort = abort
         self._outputs: SimpleQueue[TokenOutput | QueuePosition] = SimpleQueue()
         self._ended = False
+        self._told: Callable[[], None] | None = None  # what waits for several streams at once
 
     @property
     def id(self) -> str:
@@ -54,6 +56,12 @@ class TokenStream:
     def put(self, output: TokenOutput | QueuePosition) -> None:
         """The engine's end."""
         self._outputs.put(output)
+        if self._told is not None:
+            self._told()
+
+    def tell(self, told: Callable[[], None]) -> None:
+        """Call `told`, quickly and from the engine's thread, whenever there is something to get."""
+        self._told = told
 
     def close(self) -> None:
         """Abort the request if it has not finished. Safe from any thread, more than once."""
@@ -69,3 +77,28 @@ class TokenStream:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def interleaved(
+    streams: list[TokenStream], timeout: float | None = None
+) -> Iterator[tuple[int, TokenOutput] | None]:
+    """The outputs of several streams as they come, each with its stream's number in the list.
+
+    None where nothing came for `timeout` seconds. Raises what `TokenStream.get` does.
+    """
+    ready: SimpleQueue[int] = SimpleQueue()
+    for number, stream in enumerate(streams):
+        stream.tell(partial(ready.put, number))
+        ready.put(number)  # for what has come before
+    left = set(range(len(streams)))
+    while left:
+        try:
+            number = ready.get(timeout=timeout)
+        except Empty:
+            yield None
+            continue
+        while (output := streams[number].get(timeout=0)) is not None:
+            if isinstance(output, TokenOutput):
+                if output.finish_reason is not None:
+                    left.discard(number)
+                yield number, output

@@ -1,128 +1,207 @@
-"""The Flask application: the native routes."""
+"""The Flask application: the native routes, and what holds for all of them."""
 
 import re
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
 from flask import Flask, Response, g, jsonify, request
-from werkzeug.exceptions import (
-    HTTPException,
-    NotAcceptable,
-    RequestEntityTooLarge,
-    UnsupportedMediaType,
-)
+from werkzeug.exceptions import HTTPException, NotAcceptable, NotFound
 
 from stream_generator.chat import Prompt
 from stream_generator.checkpoint import Checkpoint
 from stream_generator.engine import Engine
-from stream_generator.errors import StreamGeneratorError
+from stream_generator.errors import EngineRefusal, StreamGeneratorError, TimeLimitReached
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.token_stream import TokenStream
-from stream_service import wire
-from stream_service.disconnect import DisconnectWatcher
+from stream_service import openai_api, openapi, wire
+from stream_service.dispatch import Dispatcher
 from stream_service.errors import answer, http_answer
-from stream_service.schemas import StreamRequest, parse_stream_request, sampling_bounds
+from stream_service.exchange import admit, dispatcher, read_body, streamed
+from stream_service.guard import install_guard
+from stream_service.metrics import Metrics
+from stream_service.openapi import describes
+from stream_service.schemas import StreamRequest, sampling_bounds
+from stream_service.settings import Settings
 
-MAX_BODY_BYTES = 4 * 1024 * 1024
+VERSION = "0.1.0"
+FEATURES = ("stream", "chat", "stop", "logprobs", "openai", "prefix_cache")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def create_app(engine: Engine) -> Flask:
+def create_app(engine: Engine, settings: Settings | None = None) -> Flask:
     """The service as a WSGI application, on an engine that has been started."""
+    settings = settings or Settings()
     app = Flask("stream_service", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = MAX_BODY_BYTES
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body
     # In the order of the protocol. (The attribute is of the default provider.)
     app.json.sort_keys = False  # type: ignore[attr-defined]
-    watcher = DisconnectWatcher()
-    checkpoint = engine.checkpoint
+    app.extensions["dispatcher"] = Dispatcher(engine)
+    _install_frame(app, Metrics(engine), settings)
+    _add_routes(app, engine)
+    app.register_blueprint(openai_api.create_blueprint(engine.checkpoint))
+    return app
+
+
+def _install_frame(app: Flask, metrics: Metrics, settings: Settings) -> None:
+    """What holds for every route: names, refusals, headers, errors, the log."""
 
     @app.before_request
     def name_request() -> None:
+        g.began = time.monotonic()
         sent = request.headers.get("X-Request-Id", "")
         g.request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
 
+    install_guard(app, settings)
+
     @app.after_request
-    def set_headers(response: Response) -> Response:
+    def finish(response: Response) -> Response:
         response.headers["X-Request-Id"] = g.request_id
         response.headers["Cache-Control"] = "no-store"
         response.headers["X-Accel-Buffering"] = "no"  # nginx would hold tokens back
         response.headers["X-Content-Type-Options"] = "nosniff"
+        admission = g.get("admission")
+        request_id, began, status = g.request_id, g.began, response.status_code
+        rule = request.url_rule.rule if request.url_rule else "none"
+
+        def close() -> None:
+            streams = admission.streams if admission else []
+            if admission:
+                admission.release()
+            sequences = [stream.sequence for stream in streams]
+            metrics.answered(
+                request_id, rule, status, began, sequences, admission.n if admission else 1
+            )
+
+        response.call_on_close(close)
         return response
 
     @app.errorhandler(StreamGeneratorError)
-    def own_error(error: StreamGeneratorError) -> tuple[Response, int]:
+    def own_error(error: StreamGeneratorError) -> Response:
         body, status = answer(error, g.request_id)
-        return jsonify(body), status
+        response = jsonify(body)
+        response.status_code = status
+        if isinstance(error, EngineRefusal | TimeLimitReached) and status in (429, 503):
+            response.headers["Retry-After"] = str(dispatcher().retry_after())
+        return response
 
     @app.errorhandler(HTTPException)
-    def http_error(error: HTTPException) -> tuple[Response, int]:
+    def http_error(error: HTTPException) -> Response:
         body, status = http_answer(error.code or 500, error.description or "", g.request_id)
-        return jsonify(body), status
+        response = jsonify(body)
+        response.status_code = status
+        for name, value in error.get_headers():
+            if name in ("WWW-Authenticate", "Allow"):
+                response.headers[name] = value
+        return response
 
     @app.errorhandler(Exception)
     def unexpected(error: Exception) -> tuple[Response, int]:
-        app.logger.exception("request %s failed", g.request_id, exc_info=error)
+        app.logger.error("request %s failed", g.request_id, exc_info=error)
         body, status = http_answer(500, "internal error; the log has the details", g.request_id)
         return jsonify(body), status
 
+    @app.get("/metrics")
+    @describes(answers=("text/plain",))
+    def prometheus() -> Response:
+        """Figures for Prometheus."""
+        return Response(metrics.exposition(), content_type="text/plain; version=0.0.4")
+
+
+def _add_routes(app: Flask, engine: Engine) -> None:
+    checkpoint = engine.checkpoint
+
     @app.get("/")
     def index() -> Response:
+        """The model, its context, its defaults and the bounds of each parameter."""
         return jsonify(
             message="started",
             success=True,
+            version=VERSION,
             model=checkpoint.name,
             context_length=checkpoint.context_length,
+            max_concurrent=engine.max_running,
+            max_queue=engine.max_waiting,
             defaults=_defaults(checkpoint),
             bounds=sampling_bounds(),
             forms=list(wire.FORMS),
+            features=list(FEATURES),
         )
 
     @app.get("/health")
     def health() -> tuple[Response, int]:
+        """Whether the process lives."""
         return jsonify(status="ok" if engine.healthy else "failed"), 200 if engine.healthy else 503
+
+    @app.get("/ready")
+    def ready() -> tuple[Response, int]:
+        """Whether a request that is sent now will be served."""
+        if engine.accepting:
+            return jsonify(status="ready"), 200
+        message = "shutting down" if engine.healthy else "the engine has failed, or hangs"
+        body, status = http_answer(503, message, g.request_id)
+        return jsonify(body), status
+
+    @app.get("/openapi.json")
+    def description() -> Response:
+        """This protocol, for programs."""
+        return jsonify(openapi.document(app, VERSION))
+
+    @app.get("/docs")
+    @describes(answers=("text/html",))
+    def documentation() -> Response:
+        """This protocol, for people."""
+        response = Response(openapi.page(app, VERSION), content_type="text/html; charset=utf-8")
+        response.headers["Content-Security-Policy"] = PAGE_POLICY
+        return response
 
     @app.post("/clear")
     def clear() -> Response:
+        """Forget computed prefixes, and give cached device memory back."""
         engine.clear()
         return jsonify(success=True)
 
-    @app.post("/stream")
-    def stream() -> Response:
-        form = _accepted_form()
-        body = _read_body()
-        prompt = _prompt(engine, body)
-        tokens = engine.submit(prompt.ids, body.sampling(), g.request_id)
-        events = wire.events(tokens, checkpoint.name, prompt, body.history_after)
-        release = _watch(watcher, tokens)
-        try:
-            if form is wire.TEXT:
-                # No event can tell a failure here, so the status waits for the first token.
-                events = _from_first_token(events, tokens)
-        except BaseException:
-            release()
-            raise
-        response = Response(
-            _encoded(events, form), content_type=f"{form.content_type}; charset=utf-8"
+    @app.post("/stop/<request_id>")
+    def stop(request_id: str) -> Response:
+        """End a request, queued or running; tells what it has given so far."""
+        sequences = dispatcher().stop(request_id)
+        if sequences is None:
+            raise NotFound("no request with this id is open; it may have ended already")
+        return jsonify(
+            id=request_id,
+            response="".join(s.text for s in sequences[:1]),
+            finish_reason=sequences[0].finish_reason if sequences else "abort",
+            usage=wire.usage(sequences),
         )
-        response.call_on_close(release)
-        return response
+
+    @app.post("/stream")
+    @describes(body=StreamRequest, answers=tuple(wire.FORMS))
+    def stream() -> Response:
+        """The reply, token by token, as plain text, NDJSON or server-sent events (see Accept)."""
+        form = _accepted_form()
+        admission = admit()
+        body = read_body(StreamRequest)
+        prompt = _prompt(checkpoint, body)
+        tokens = admission.submit([prompt.ids], body.sampling())[0]
+        events = wire.events(tokens, checkpoint.name, prompt, body.history_after)
+        if form is wire.TEXT:
+            # No event can tell a failure here, so the status waits for the first token.
+            events = _from_first_token(events, tokens)
+        return streamed(_encoded(events, form), form)
 
     @app.post("/chat")
+    @describes(body=StreamRequest)
     def chat() -> Response:
-        body = _read_body()
-        prompt = _prompt(engine, body)
-        tokens = engine.submit(prompt.ids, body.sampling(), g.request_id)
-        release = _watch(watcher, tokens)
-        try:
-            for _ in tokens:
-                pass
-        finally:
-            release()
+        """The reply in one object, when it is complete."""
+        admission = admit()
+        body = read_body(StreamRequest)
+        tokens = admission.submit([_prompt(checkpoint, body).ids], body.sampling())[0]
+        for _ in tokens:
+            pass
         return jsonify(query=body.query, **wire.reply(tokens.sequence, body.history_after))
-
-    return app
 
 
 def _defaults(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -140,37 +219,10 @@ def _accepted_form() -> wire.Form:
     return wire.FORMS[best]
 
 
-def _read_body() -> StreamRequest:
-    if request.mimetype != "application/json":
-        raise UnsupportedMediaType("send the body as JSON with Content-Type: application/json")
-    try:
-        body = request.get_data()
-    except RequestEntityTooLarge:
-        raise RequestEntityTooLarge(
-            f"the body is larger than {MAX_BODY_BYTES} bytes; shorten the conversation"
-        ) from None
-    return parse_stream_request(body)
-
-
-def _prompt(engine: Engine, body: StreamRequest) -> Prompt:
-    checkpoint = engine.checkpoint
+def _prompt(checkpoint: Checkpoint, body: StreamRequest) -> Prompt:
+    if not body.truncate:
+        return Prompt(checkpoint.chat.encode(body.conversation()))
     return checkpoint.chat.fit(body.conversation(), checkpoint.context_length)
-
-
-def _watch(watcher: DisconnectWatcher, tokens: TokenStream) -> Callable[[], None]:
-    """End the request when its client leaves; returns what ends both, at the latest on close."""
-    gone = request.environ.get("waitress.client_disconnected")
-    unwatch = watcher.watch(gone, tokens.close) if gone is not None else _nothing
-
-    def release() -> None:
-        unwatch()
-        tokens.close()
-
-    return release
-
-
-def _nothing() -> None:
-    pass
 
 
 def _from_first_token(

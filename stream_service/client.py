@@ -101,15 +101,25 @@ class StreamClient:
         ...     print(delta, end="", flush=True)
 
     read_timeout: seconds without any byte after which a stream counts as broken; by default
-    there is no such limit, since a request may wait its turn.
+    there is no such limit, since a request may wait its turn. api_key: if the service asks for
+    one.
     """
 
-    def __init__(self, url: str, *, read_timeout: float | None = None):
+    def __init__(self, url: str, *, read_timeout: float | None = None, api_key: str | None = None):
         self.url = url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = (CONNECT_SECONDS, read_timeout)
 
-    def stream(self, messages: str | list[dict[str, Any]], **params: Any) -> ReplyStream:
+    def stream(
+        self,
+        messages: str | list[dict[str, Any]],
+        *,
+        request_id: str | None = None,
+        **params: Any,
+    ) -> ReplyStream:
         """The reply to a query, or to a whole conversation, as deltas.
+
+        request_id: to `stop` it by; by default the service makes one.
 
         params: the fields of `POST /stream`, e.g. `max_new_tokens=100` or `prompt="Be brief."`.
         Raises `StreamError` at once if the service is away or refuses, and while iterating if
@@ -117,7 +127,10 @@ class StreamClient:
         is closed, or is collected.
         """
         body = {"query" if isinstance(messages, str) else "messages": messages, **params}
-        response = self._post("/stream", body, {"Accept": "application/x-ndjson"}, stream=True)
+        headers = {"Accept": "application/x-ndjson"}
+        if request_id is not None:
+            headers["X-Request-Id"] = request_id
+        response = self._post("/stream", body, headers, stream=True)
         return ReplyStream(response)
 
     def chat(self, messages: str | list[dict[str, Any]], **params: Any) -> dict[str, Any]:
@@ -127,9 +140,19 @@ class StreamClient:
             result: dict[str, Any] = response.json()
             return result
 
+    def stop(self, request_id: str) -> dict[str, Any]:
+        """End a request, and get what it has given so far. Raises `StreamError`.
+
+        request_id: what `stream` was given as one, or the id in its first event.
+        """
+        with self._post(f"/stop/{request_id}", {}, {}, stream=False) as response:
+            result: dict[str, Any] = response.json()
+            return result
+
     def _post(
         self, path: str, body: dict[str, Any], headers: dict[str, str], *, stream: bool
     ) -> requests.Response:
+        headers = self._headers | headers
         try:
             response = requests.post(
                 self.url + path, json=body, headers=headers, stream=stream, timeout=self._timeout

@@ -14,10 +14,16 @@ from stream_generator.errors import (
     TimeLimitReached,
 )
 
+
+class ModelNotFound(InvalidRequest):
+    """The request names a model that is not served here."""
+
+
 MAX_MESSAGE, MAX_PARAM = 1000, 200  # bytes as JSON, so that a body stays under 2 KB
 
 # status, type, code; looked up along the exception's base classes
 _ANSWERS: dict[type[BaseException], tuple[int, str, str]] = {
+    ModelNotFound: (404, "invalid_request_error", "model_not_found"),
     PromptTooLong: (400, "invalid_request_error", "context_length_exceeded"),
     InvalidRequest: (400, "invalid_request_error", "invalid_value"),
     DuplicateRequest: (409, "invalid_request_error", "duplicate_request_id"),
@@ -28,12 +34,16 @@ _ANSWERS: dict[type[BaseException], tuple[int, str, str]] = {
     StreamGeneratorError: (500, "server_error", "internal_error"),
 }
 
+_HTTP_TYPES = {401: "authentication_error", 403: "permission_error"}
 _HTTP_CODES = {
+    401: "invalid_api_key",
+    403: "host_not_allowed",
     404: "not_found",
     405: "method_not_allowed",
     406: "not_acceptable",
     413: "body_too_large",
     415: "unsupported_media_type",
+    503: "unavailable",
 }
 
 
@@ -47,7 +57,7 @@ def answer(error: StreamGeneratorError, request_id: str) -> tuple[dict[str, Any]
 
 def http_answer(status: int, message: str, request_id: str) -> tuple[dict[str, Any], int]:
     """The error body for a status that HTTP itself, not the engine, gave rise to."""
-    type_ = "server_error" if status >= 500 else "invalid_request_error"
+    type_ = "server_error" if status >= 500 else _HTTP_TYPES.get(status, "invalid_request_error")
     code = _HTTP_CODES.get(status, "internal_error" if status >= 500 else "invalid_request")
     return error_body(message, type_, None, code, request_id), status
 

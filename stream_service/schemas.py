@@ -1,16 +1,19 @@
 """The bodies of requests: the only place where JSON keys are read."""
 
-import difflib
-import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from stream_generator.chat import Message
-from stream_generator.errors import InvalidRequest
 from stream_generator.sampling_params import SamplingParams
 
 MAX_TURNS = 10_000
+MAX_CHARACTERS = 4_000_000  # of a text, and MAX_IDS of a prompt in ids: the body is bounded too
+MAX_IDS = 1_000_000
+MAX_REPLIES = 16  # to one prompt
+MAX_PROMPTS = 64
+
+Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 
 
 class TextPart(BaseModel):
@@ -19,35 +22,38 @@ class TextPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Turn(BaseModel):
-    """One message of a conversation."""
+    """One message of a conversation; OpenAI's newer name for a system message is "developer"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_TURNS)]
 
     def message(self) -> Message:
+        role = "system" if self.role == "developer" else self.role
         if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        return {"role": self.role, "content": "".join(part.text for part in self.content)}
+            return {"role": role, "content": self.content}
+        return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
 # JSON has no tuples: a pair arrives as a list.
-Pair = Annotated[tuple[str, str], Field(strict=False)]
+Pair = Annotated[tuple[Text, Text], Field(strict=False)]
 
 
 class StreamRequest(SamplingParams):
     """The body of `/stream` and `/chat`: a conversation, and how to sample the reply."""
 
-    query: str | None = Field(None, min_length=1, description="the user's new message")
+    query: str | None = Field(
+        None, min_length=1, max_length=MAX_CHARACTERS, description="the user's new message"
+    )
     history: list[Turn | Pair] | None = Field(
         None, max_length=MAX_TURNS, description="earlier turns: [user, assistant] or messages"
     )
-    prompt: str | None = Field(None, description="the system prompt")
+    prompt: Text | None = Field(None, description="the system prompt")
     messages: list[Turn] | None = Field(
         None,
         min_length=1,
@@ -55,6 +61,9 @@ class StreamRequest(SamplingParams):
         description="the whole conversation, in place of query, history and prompt",
     )
     max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="as max_new_tokens")
+    truncate: bool = Field(
+        True, description="whether the oldest turns may be left out of a conversation too long"
+    )
 
     @model_validator(mode="after")
     def _one_conversation(self) -> Self:
@@ -64,8 +73,7 @@ class StreamRequest(SamplingParams):
             for name in ("history", "prompt"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} goes with query; put it into messages")
-        if self.max_tokens is not None and self.max_new_tokens is not None:
-            raise ValueError("max_tokens and max_new_tokens mean the same; give one of them")
+        self.sampling()
         return self
 
     def conversation(self) -> list[Message]:
@@ -96,26 +104,118 @@ class StreamRequest(SamplingParams):
 
     def sampling(self) -> SamplingParams:
         """The sampling parameters alone."""
-        given = {name: getattr(self, name) for name in SamplingParams.model_fields}
-        if self.max_tokens is not None:
-            given["max_new_tokens"] = self.max_tokens
-        return SamplingParams(**given)
+        return _sampling(self, {"max_tokens": self.max_tokens})
 
 
-def parse_stream_request(body: bytes) -> StreamRequest:
-    """The request that a JSON body holds. Raises `InvalidRequest`, which names the field."""
-    data = _parse_json(body)
-    if not isinstance(data, dict):
-        raise InvalidRequest('the body must be a JSON object, such as {"query": "Hello"}')
-    for key in data:  # before pydantic, which cannot name a key that is not valid Unicode
-        if key not in StreamRequest.model_fields:
-            raise _unknown(key, key)
+class StreamOptions(BaseModel):
+    """OpenAI's `stream_options`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    include_usage: bool = Field(False, description="a last chunk with the usage of the request")
+
+
+class OpenAIRequest(SamplingParams):
+    """What OpenAI's two routes have in common; transformers' sampling parameters come on top."""
+
+    model: str | None = Field(None, max_length=512, description="must be the one that is served")
+    n: int = Field(1, ge=1, le=MAX_REPLIES, description="replies to each prompt")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="as max_new_tokens")
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options need stream: true")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class ChatCompletionRequest(OpenAIRequest):
+    """The body of `/v1/chat/completions`."""
+
+    messages: list[Turn] = Field(min_length=1, max_length=MAX_TURNS)
+    max_completion_tokens: int | None = Field(
+        None, ge=1, le=1_000_000, description="as max_new_tokens"
+    )
+    # OpenAI's switch, where the parameter of that name is a number.
+    logprobs: bool | None = Field(None, description="tell each token's")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="alternatives to tell")
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs need logprobs: true")
+        self.sampling()
+        return self
+
+    def conversation(self) -> list[Message]:
+        """The messages."""
+        return [turn.message() for turn in self.messages]
+
+    def sampling(self) -> SamplingParams:
+        """The sampling parameters alone."""
+        limits = {
+            "max_tokens": self.max_tokens,
+            "max_completion_tokens": self.max_completion_tokens,
+        }
+        return _sampling(self, limits, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_IDS)]
+
+
+class CompletionRequest(OpenAIRequest):
+    """The body of `/v1/completions`: text or ids to go on from, as they are, with no template."""
+
+    prompt: (
+        Text
+        | Ids
+        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        self.sampling()
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+    def sampling(self) -> SamplingParams:
+        """The sampling parameters alone."""
+        return _sampling(self, {"max_tokens": self.max_tokens})
+
+
+def _sampling(
+    body: SamplingParams, limits: dict[str, int | None], **changes: Any
+) -> SamplingParams:
+    """The sampling parameters of a body. limits: its other names for `max_new_tokens`.
+
+    Raises `ValueError` where two names are given, or what a name stands for contradicts the rest.
+    """
+    given = {name: getattr(body, name) for name in SamplingParams.model_fields} | changes
+    limits = {"max_new_tokens": body.max_new_tokens} | limits
+    named = [name for name, value in reversed(limits.items()) if value is not None]
+    if len(named) > 1:
+        raise ValueError(f"{' and '.join(named)} mean the same; give one of them")
+    if named:
+        given["max_new_tokens"] = limits[named[0]]
     try:
-        request = StreamRequest.model_validate(data)
-        request.sampling()  # max_tokens may contradict what max_new_tokens did not
+        return SamplingParams(**given)
     except ValidationError as error:
-        raise _explained(error) from None
-    return request
+        message = error.errors(include_url=False, include_input=False)[0]["msg"]
+        raise ValueError(message.removeprefix("Value error, ")) from None
 
 
 def sampling_bounds() -> dict[str, dict[str, Any]]:
@@ -125,68 +225,3 @@ def sampling_bounds() -> dict[str, dict[str, Any]]:
         kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
         bounds[name] = kinds[0]
     return bounds
-
-
-def _parse_json(body: bytes) -> Any:
-    """Strict JSON in UTF-8: what Python's parser lets through beyond it is refused."""
-    try:
-        return json.loads(
-            body.decode("utf-8"),
-            parse_constant=_refuse_constant,
-            object_pairs_hook=_refuse_duplicates,
-        )
-    except UnicodeDecodeError:
-        raise InvalidRequest("the body must be JSON in UTF-8") from None
-    except RecursionError:
-        raise InvalidRequest("the body is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        raise InvalidRequest(
-            f"the body is not valid JSON: {error.msg} at character {error.pos}"
-        ) from None
-    except ValueError:  # an integer of thousands of digits
-        raise InvalidRequest("the body holds a number that is too long") from None
-
-
-def _refuse_constant(name: str) -> Any:
-    raise InvalidRequest(f"{name} is not valid JSON; use a finite number")
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise InvalidRequest(f"{_shown(twice)} is given twice; give it once", param=twice)
-    return result
-
-
-def _explained(error: ValidationError) -> InvalidRequest:
-    """pydantic's first complaint, as a sentence that names the field and the remedy."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    # Locations inside a union also name its branch; a person knows only keys and indices.
-    path = [str(part) for part in first["loc"] if isinstance(part, int) or part[:1].islower()]
-    param = ".".join(path).removesuffix(".str").removesuffix(".[key]") or None
-    if first["type"] == "extra_forbidden":
-        return _unknown(str(first["loc"][-1]), param)
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "value_error":
-        return InvalidRequest(message, param=_named_first(message))
-    return InvalidRequest(f"{param or 'body'}: {message}", param=param)
-
-
-def _unknown(name: str, param: str | None) -> InvalidRequest:
-    known = (
-        difflib.get_close_matches(name, StreamRequest.model_fields, n=1) if name == param else ()
-    )
-    hint = f"; did you mean {known[0]}?" if known else ""
-    return InvalidRequest(f"unknown field {_shown(name)}{hint}", param=param)
-
-
-def _named_first(message: str) -> str | None:
-    """The field that a complaint about several fields begins with."""
-    word = message.partition(" ")[0]
-    return word if word in StreamRequest.model_fields else None
-
-
-def _shown(name: str) -> str:
-    return json.dumps(name if len(name) <= 60 else name[:60] + "...")

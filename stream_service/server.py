@@ -9,6 +9,7 @@ from typing import Any
 import waitress
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.task import ErrorTask
 
 from stream_service.errors import http_answer
@@ -37,21 +38,48 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
         self.write(data)
 
 
+class Parser(HTTPRequestParser):  # type: ignore[misc]
+    """Refuses what two servers in a row could read as two different requests (RFC 9112, 6.3)."""
+
+    def parse_header(self, header_plus: bytes) -> None:
+        super().parse_header(header_plus)
+        encodings = header_plus.lower().count(b"\ntransfer-encoding:")
+        if encodings > 1 or (encodings and "CONTENT_LENGTH" in self.headers):
+            raise ParsingError("two headers say differently how long the body is")
+        if "," in self.headers.get("HOST", ""):
+            raise ParsingError("Host is given twice")
+
+
 class Channel(HTTPChannel):  # type: ignore[misc]
     error_task_class = JsonErrorTask
+    parser_class = Parser
+
+
+def loading(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+    """The application until there is a model: the process lives, but cannot serve yet."""
+    if environ["PATH_INFO"] == "/health":
+        body, status = {"status": "loading"}, "200 OK"
+    else:
+        body, _ = http_answer(503, "the model is loading; try again soon", uuid.uuid4().hex)
+        status = "503 Service Unavailable"
+    data = json.dumps(body).encode()
+    headers = [("Content-Type", "application/json"), ("Content-Length", str(len(data)))]
+    start_response(status, [*headers, ("Cache-Control", "no-store"), ("Retry-After", "2")])
+    return [data]
 
 
 class Server:
-    """A bound and listening server. `run` serves until `stop`, from a signal or another thread."""
+    """A bound and listening server. `run` serves until `stop`, from a signal or another thread.
 
-    def __init__(self, app: Any, listening: socket.socket, *, max_open: int, max_body: int):
-        """max_open: requests that the engine may hold at a time, waiting and running."""
+    It answers that it is loading until `open` gives it an application.
+    """
+
+    def __init__(self, listening: socket.socket, *, max_body: int):
+        """max_body: bytes of a request's body."""
         self._server: Any = waitress.create_server(
-            app,
+            loading,
             sockets=[listening],
-            # Each open stream holds a thread; the engine's bound lies below, so that there is
-            # always one left to say no.
-            threads=max_open + SPARE_THREADS,
+            threads=SPARE_THREADS,
             connection_limit=CONNECTION_LIMIT,
             asyncore_use_poll=True,
             channel_request_lookahead=1,  # else a disconnect is not seen while a request runs
@@ -65,6 +93,14 @@ class Server:
     @property
     def port(self) -> int:
         return int(self._server.effective_port)
+
+    def open(self, app: Any, *, max_open: int) -> None:
+        """Serve `app` from now on. max_open: requests that it may hold at a time.
+
+        Each open stream holds a thread; there are always some left to say no.
+        """
+        self._server.task_dispatcher.set_thread_count(max_open + SPARE_THREADS)
+        self._server.application = app
 
     def run(self) -> None:
         """Serve until `stop` is called; then let the open answers end, and end the threads.

@@ -29,7 +29,8 @@ class Form:
     heartbeat: bytes = b""
 
 
-def _json_line(event: Event) -> str:
+def json_line(event: Event) -> str:
+    """As short as it goes, with every character as it is."""
     return json.dumps(event, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -41,11 +42,11 @@ def _as_text(event: Event) -> bytes:
 
 
 def _as_ndjson(event: Event) -> bytes:
-    return (_json_line(event) + "\n").encode()
+    return (json_line(event) + "\n").encode()
 
 
 def _as_sse(event: Event) -> bytes:
-    return f"event: {event['event']}\ndata: {_json_line(event)}\n\n".encode()
+    return f"event: {event['event']}\ndata: {json_line(event)}\n\n".encode()
 
 
 TEXT = Form("text/plain", _as_text)
@@ -127,12 +128,14 @@ def reply(sequence: Sequence, history_after: Callable[[str], list[Any]]) -> dict
         "response": sequence.text,
         "history": history_after(sequence.text),
         "finish_reason": sequence.finish_reason,
-        "usage": usage(sequence),
+        "usage": usage([sequence]),
     }
 
 
-def usage(sequence: Sequence) -> dict[str, int]:
-    prompt, completion = len(sequence.prompt_ids), len(sequence.output_ids)
+def usage(sequences: list[Sequence], n: int = 1) -> dict[str, int]:
+    """Tokens of a request. sequences: `n` for each prompt, which counts once."""
+    prompt = sum(len(s.prompt_ids) for s in sequences[::n])
+    completion = sum(len(s.output_ids) for s in sequences)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -94,20 +95,18 @@ ServiceFactory = Callable[..., RunningService]
 
 @contextmanager
 def running_service(
-    checkpoint: Checkpoint, *, max_waiting: int = 8, slots: int | None = 8
+    checkpoint: Checkpoint, *, max_waiting: int = 8, slots: int | None = 8, settings: Any = None
 ) -> Iterator[RunningService]:
     """The real server on a free port, for as long as the block lasts."""
     # Imported here, so that the tests of `stream_generator` run where there is no Flask.
-    from stream_service.app import MAX_BODY_BYTES, create_app
+    from stream_service.app import create_app
     from stream_service.server import Server, bind
+    from stream_service.settings import Settings
 
+    settings = settings or Settings()
     engine = engine_of(checkpoint, max_waiting=max_waiting, slots=slots).start()
-    server = Server(
-        create_app(engine),
-        bind("127.0.0.1", 0),
-        max_open=max_waiting + engine.max_running,
-        max_body=MAX_BODY_BYTES,
-    )
+    server = Server(bind("127.0.0.1", 0), max_body=settings.max_body)
+    server.open(create_app(engine, settings), max_open=max_waiting + engine.max_running)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -1,0 +1,152 @@
+"""The flags of the command, grouped by what they are for, and checked."""
+
+import argparse
+import os
+from pathlib import Path
+
+from stream_service.settings import LOOPBACK_NAMES, MAX_BODY_BYTES, Settings
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line. `settings` is made of what concerns HTTP."""
+    parser = argparse.ArgumentParser(
+        description="Stream the replies of a language model, token by token, over HTTP."
+    )
+    model = parser.add_argument_group("the model")
+    model.add_argument(
+        "-c",
+        "--ckpts",
+        metavar="MODEL",
+        help="directory in Hugging Face format, or hub id (a small demo model)",
+    )
+    model.add_argument(
+        "--quantize",
+        choices=["auto", "none", "int8", "int4"],
+        default="auto",
+        help="bits of each weight; auto: as the checkpoint has them (%(default)s)",
+    )
+    address = parser.add_argument_group("where it listens")
+    add = address.add_argument
+    add("-H", "--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("-P", "--port", type=_port, default=8800, help="port to listen on (%(default)s)")
+    add("--app", action="store_true", help="start the chat page too")
+    add("--app-port", type=_port, default=7860, help="port of the chat page (%(default)s)")
+    access = parser.add_argument_group("who may ask")
+    add = access.add_argument
+    add(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="ask for this key, as Authorization: Bearer KEY; may be given several times. Others "
+        "on the machine can read a command line: LLAMA3_API_KEY or --api-key-file are better",
+    )
+    add("--api-key-file", type=Path, metavar="FILE", help="keys, one a line")
+    add(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="answer to this name too (on a loopback address: localhost alone; else any)",
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin ask from a browser; may be given several times (none)",
+    )
+    limits = parser.add_argument_group("how much it takes on")
+    add = limits.add_argument
+    add(
+        "--max-concurrent",
+        type=_positive,
+        metavar="N",
+        help="requests that are served at the same time (as the memory allows, at most 32)",
+    )
+    add(
+        "--max-context",
+        type=_positive,
+        metavar="TOKENS",
+        help="prompt and reply together (the model's own limit, if the memory allows)",
+    )
+    add(
+        "--max-queue",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="requests that may wait; one more gets status 429 (%(default)s)",
+    )
+    add(
+        "--max-body",
+        type=_positive,
+        default=MAX_BODY_BYTES,
+        metavar="BYTES",
+        help="size of a request's body; more gets status 413 (%(default)s)",
+    )
+    add(
+        "--max-time",
+        type=_seconds,
+        metavar="SECONDS",
+        help="for each request: a reply ends then with finish reason length (no limit)",
+    )
+    add(
+        "--drain",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="time for open streams to finish when the service is ended (30)",
+    )
+    parser.add_argument_group("its log").add_argument(
+        "--log-json", action="store_true", help="write each line of the log as JSON"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        args.settings = _settings(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return args
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    keys = [*args.api_key]
+    if from_environment := os.environ.get("LLAMA3_API_KEY"):
+        keys.append(from_environment)
+    if args.api_key_file is not None:
+        keys += args.api_key_file.read_text().split()
+        if not keys:
+            raise ValueError(f"there is no key in {args.api_key_file}")
+    hosts = {name.lower() for name in args.allow_host}
+    is_loopback = args.host in ("localhost", "::1") or args.host.startswith("127.")
+    if is_loopback:
+        hosts |= LOOPBACK_NAMES | {args.host}
+    return Settings(
+        api_keys=tuple(keys),
+        allowed_hosts=frozenset(hosts) or None,
+        cors_origins=tuple(args.cors_origin),
+        max_body=args.max_body,
+    )
+
+
+def _port(text: str) -> int:
+    value = int(text) if text.isdecimal() else -1
+    if not 0 <= value <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port; use 0 to 65535")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+    return value

@@ -1,0 +1,109 @@
+"""What happened to each request: a line in the log, and figures for Prometheus.
+
+Never a prompt, a reply or a key.
+"""
+
+import logging
+import time
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from stream_generator.engine import Engine
+from stream_generator.sequence import Sequence
+from stream_service.wire import timings, usage
+
+logger = logging.getLogger("stream_service.requests")
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+GAP_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """The figures of one service, in a registry of its own."""
+
+    def __init__(self, engine: Engine):
+        self.registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "llm_requests", "Requests answered.", ["route", "status"], registry=registry
+        )
+        self._finished = Counter(
+            "llm_replies", "Replies that ended, by why.", ["finish_reason"], registry=registry
+        )
+        self._prompt_tokens = Counter(
+            "llm_prompt_tokens", "Tokens of the prompts that were begun.", registry=registry
+        )
+        self._cached_tokens = Counter(
+            "llm_prefix_cached_tokens", "Those of them that were computed already.",
+            registry=registry,
+        )  # fmt: skip
+        self._prefix_hits = Counter(
+            "llm_prefix_hits", "Prompts of which some was computed already.", registry=registry
+        )
+        self._reply_tokens = Counter("llm_reply_tokens", "Tokens of replies.", registry=registry)
+        self._first = Histogram(
+            "llm_time_to_first_token_seconds", "From the request to its first token.",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self._gap = Histogram(
+            "llm_time_per_token_seconds", "The mean gap between a reply's tokens.",
+            buckets=GAP_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._queue = Histogram(
+            "llm_queue_seconds", "From the request until it had a slot.",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        for name, text, value in (
+            ("llm_requests_running", "Requests that have a slot.", lambda: engine.running),
+            ("llm_requests_waiting", "Requests that wait for one.", lambda: engine.waiting),
+            ("llm_engine_healthy", "1 while the engine is well.", lambda: engine.healthy),
+        ):
+            Gauge(name, text, registry=registry).set_function(value)
+
+    def exposition(self) -> bytes:
+        """The figures in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def answered(
+        self,
+        request_id: str,
+        route: str,
+        status: int,
+        began: float,
+        sequences: list[Sequence],
+        n: int,
+    ) -> None:
+        """An answer is closed. began: by time.monotonic(). sequences: `n` for each prompt."""
+        self._requests.labels(route, str(status)).inc()
+        for sequence in sequences:
+            self._count(sequence)
+        facts: dict[str, Any] = {
+            "request_id": request_id, "route": route, "status": status,
+            "ms": round((time.monotonic() - began) * 1000),
+        }  # fmt: skip
+        if sequences:
+            tokens = usage(sequences, n)
+            facts |= {
+                "prompt_tokens": tokens["prompt_tokens"],
+                "reply_tokens": tokens["completion_tokens"],
+                **timings(sequences[0]),
+                "finish_reason": ",".join(str(s.finish_reason or "abort") for s in sequences),
+            }
+        line = " ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
+        logger.info(line, extra=facts)
+
+    def _count(self, sequence: Sequence) -> None:
+        self._finished.labels(str(sequence.finish_reason or "abort")).inc()
+        self._reply_tokens.inc(len(sequence.output_ids))
+        if sequence.started_at is None:
+            return
+        self._queue.observe(sequence.started_at - sequence.submitted_at)
+        self._prompt_tokens.inc(len(sequence.prompt_ids))
+        self._cached_tokens.inc(sequence.cached_tokens)
+        self._prefix_hits.inc(sequence.cached_tokens > 0)
+        if sequence.first_token_at is None:
+            return
+        self._first.observe(sequence.first_token_at - sequence.submitted_at)
+        gaps = len(sequence.output_ids) - 1
+        if gaps > 0 and sequence.last_token_at is not None:
+            self._gap.observe((sequence.last_token_at - sequence.first_token_at) / gaps)

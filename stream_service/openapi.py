@@ -1,0 +1,164 @@
+"""The OpenAPI document, out of the routes and bodies themselves, and a page to read it."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from flask import Flask, render_template_string
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from werkzeug.routing import Rule
+
+View = TypeVar("View", bound=Callable[..., Any])
+
+ERRORS = {
+    400: "the request is invalid, or too long for the context",
+    401: "an API key is missing or wrong",
+    403: "this Host is not allowed",
+    404: "there is no such route, model or request",
+    409: "a request with this id is still running",
+    413: "the body is too large",
+    415: "the body is not JSON",
+    429: "too many requests wait already; see Retry-After",
+    500: "computing failed",
+    503: "loading, shutting down, or the time limit is reached",
+}
+
+
+class ErrorDetails(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+    request_id: str
+
+
+class ErrorBody(BaseModel):
+    """Every error, on every route."""
+
+    error: ErrorDetails
+
+
+def describes(
+    body: type[BaseModel] | None = None, answers: tuple[str, ...] = ("application/json",)
+) -> Callable[[View], View]:
+    """Say of a view what it takes, and in which content types it answers."""
+
+    def mark(view: View) -> View:
+        view.body, view.answers = body, answers  # type: ignore[attr-defined]
+        return view
+
+    return mark
+
+
+def document(app: Flask, version: str) -> dict[str, Any]:
+    """The description of all of an application's routes, as OpenAPI 3.1."""
+    rules = sorted(app.url_map.iter_rules(), key=lambda rule: rule.rule)
+    marked = [getattr(app.view_functions[rule.endpoint], "body", None) for rule in rules]
+    bodies: set[type[BaseModel]] = {body for body in marked if body is not None}
+    ordered = sorted(bodies, key=lambda body: body.__name__)
+    _, schemas = models_json_schema(
+        [(model, "validation") for model in (*ordered, ErrorBody)],  # type: ignore[misc]
+        ref_template="#/components/schemas/{model}",
+    )
+    paths: dict[str, dict[str, Any]] = {}
+    for rule in rules:
+        for method in sorted((rule.methods or set()) - {"HEAD", "OPTIONS"}):
+            path = rule.rule.replace("<path:", "<").replace("<", "{").replace(">", "}")
+            view = app.view_functions[rule.endpoint]
+            paths.setdefault(path, {})[method.lower()] = _operation(rule, view)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "LLM Stream Service", "version": version},
+        "paths": paths,
+        "components": {
+            "schemas": schemas["$defs"],
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+def _operation(rule: Rule, view: Any) -> dict[str, Any]:
+    body = getattr(view, "body", None)
+    answers = getattr(view, "answers", ("application/json",))
+    summary, _, details = (view.__doc__ or "").strip().partition("\n\n")
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    known = ERRORS if body else {s: ERRORS[s] for s in (401, 403, 404)}
+    operation: dict[str, Any] = {
+        "operationId": rule.endpoint.replace(".", "_"),
+        "summary": " ".join(summary.split()),
+        "responses": {
+            "200": {"description": "the answer", "content": {kind: {} for kind in answers}},
+            **{str(s): {"description": text, "content": error} for s, text in known.items()},
+        },
+        "security": [{"key": []}, {}],
+    }
+    if details:
+        operation["description"] = " ".join(details.split())
+    if rule.arguments:
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in sorted(rule.arguments)
+        ]
+    if body is not None:
+        schema = {"$ref": f"#/components/schemas/{body.__name__}"}
+        operation["requestBody"] = {
+            "required": True,
+            "content": {"application/json": {"schema": schema}},
+        }
+    return operation
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>LLM Stream Service</title>
+<style>
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+code, th { font-family: ui-monospace, monospace; font-weight: 600 }
+table { border-collapse: collapse; width: 100%; margin: .5rem 0 }
+td, th { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0;
+  border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent) }
+details { margin: .25rem 0 1rem }
+</style>
+<h1>LLM Stream Service</h1>
+<p>The same for programs: <a href="openapi.json">openapi.json</a></p>
+{% for path, methods in doc.paths.items() %}{% for method, operation in methods.items() %}
+<h2><code>{{ method | upper }} {{ path }}</code></h2>
+<p>{{ operation.summary }} {{ operation.description }}</p>
+{% if operation.requestBody %}
+{% set name = operation.requestBody.content["application/json"].schema["$ref"].split("/")[-1] %}
+<details><summary>Body: {{ name }}</summary><table>
+{% for field, schema in doc.components.schemas[name].properties.items() %}
+<tr><th>{{ field }}</th><td>{{ schema | kind }}</td><td>{{ schema.description }}</td></tr>
+{% endfor %}</table></details>
+{% endif %}
+<p>Answers as {{ operation.responses["200"].content | join(", ") }}.</p>
+{% endfor %}{% endfor %}
+<h2>Errors</h2>
+<p>Each is <code>{"error": {"message", "type", "param", "code", "request_id"}}</code>.</p>
+<table>{% for status, text in errors.items() %}<tr><th>{{ status }}</th><td>{{ text }}</td></tr>
+{% endfor %}</table>
+"""
+
+
+def page(app: Flask, version: str) -> str:
+    """The document as HTML that loads nothing from elsewhere and runs no script."""
+    app.jinja_env.filters["kind"] = _kind
+    return render_template_string(PAGE, doc=document(app, version), errors=ERRORS)
+
+
+BOUNDS = {
+    "minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<",
+    "minLength": "length ≥", "maxLength": "length ≤", "minItems": "items ≥", "maxItems": "items ≤",
+}  # fmt: skip
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    """A field's type and bounds, in a few words."""
+    kinds = [s for s in schema.get("anyOf", [schema]) if s.get("type") != "null"]
+    words = []
+    for kind in kinds:
+        name = kind.get("type") or kind.get("$ref", "").split("/")[-1]
+        bounds = [f"{sign} {kind[key]}" for key, sign in BOUNDS.items() if key in kind]
+        words.append(" ".join([name, ", ".join(bounds)]).strip())
+    return " or ".join(words)

@@ -1,0 +1,29 @@
+"""What the person who runs the service decides about HTTP."""
+
+from dataclasses import dataclass
+
+MAX_BODY_BYTES = 4 * 1024 * 1024
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """api_keys: one of them must come with each request; none: everybody may ask.
+
+    allowed_hosts: what a request's Host may be, without its port; None: anything.
+    cors_origins: whose pages in a browser may ask. max_body: bytes.
+    Raises `ValueError` for what must not go together.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: frozenset[str] | None = None
+    cors_origins: tuple[str, ...] = ()
+    max_body: int = MAX_BODY_BYTES
+
+    def __post_init__(self) -> None:
+        if self.api_keys and "*" in self.cors_origins:
+            raise ValueError(
+                "with API keys, CORS must not be open to every origin; name them instead of *"
+            )
+        if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
+            raise ValueError("an API key must be of printable ASCII characters, and not empty")

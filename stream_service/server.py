@@ -42,6 +42,8 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
     """Refuses what two servers in a row could read as two different requests (RFC 9112, 6.3)."""
 
     def parse_header(self, header_plus: bytes) -> None:
+        if b"\r\n " in header_plus or b"\r\n\t" in header_plus:
+            raise ParsingError("a header is folded over two lines")
         super().parse_header(header_plus)
         encodings = header_plus.lower().count(b"\ntransfer-encoding:")
         if encodings > 1 or (encodings and "CONTENT_LENGTH" in self.headers):

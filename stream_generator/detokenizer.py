@@ -113,4 +113,6 @@ def token_bytes(tokenizer: Any, token_id: int) -> bytes:
     text: str = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
     if REPLACEMENT in text and all(char in BYTE_OF for char in name):
         return bytes(BYTE_OF[char] for char in name)
+    if name.startswith("▁") and not text.startswith(" "):  # eaten at the beginning of a text
+        text = " " + text
     return text.encode()

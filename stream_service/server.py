@@ -17,7 +17,8 @@ from stream_service.errors import http_answer
 SPARE_THREADS = 16  # beside one for each open request: for GET routes and refusals
 CONNECTION_LIMIT = 1000  # waitress stops accepting at it, without an answer: keep it far away
 FLUSH_SECONDS = 5.0  # for the last events of open streams, when the service ends
-SILENT_READER_MS = 30_000  # a reader that acknowledges nothing for so long is dropped
+SILENT_READER_MS = 30_000  # a reader that takes nothing for so long is dropped
+UNSENT_BYTES = 256 * 1024  # of an answer that is not read; then its writer waits
 
 
 class JsonErrorTask(ErrorTask):  # type: ignore[misc]
@@ -87,6 +88,7 @@ class Server:
             channel_request_lookahead=1,  # else a disconnect is not seen while a request runs
             max_request_body_size=max_body,
             max_request_header_size=64 * 1024,
+            outbuf_high_watermark=UNSENT_BYTES,
             ident=None,
         )
         self._server.channel_class = Channel

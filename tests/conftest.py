@@ -88,6 +88,7 @@ class RunningService:
 
     url: str
     engine: Engine
+    app: Any
 
 
 ServiceFactory = Callable[..., RunningService]
@@ -106,11 +107,12 @@ def running_service(
     settings = settings or Settings()
     engine = engine_of(checkpoint, max_waiting=max_waiting, slots=slots).start()
     server = Server(bind("127.0.0.1", 0), max_body=settings.max_body)
-    server.open(create_app(engine, settings), max_open=max_waiting + engine.max_running)
+    app = create_app(engine, settings)
+    server.open(app, max_open=max_waiting + engine.max_running)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        yield RunningService(f"http://127.0.0.1:{server.port}", engine)
+        yield RunningService(f"http://127.0.0.1:{server.port}", engine, app)
     finally:
         engine.close()
         server.stop()

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from stream_generator.checkpoint import Checkpoint
-from stream_generator.detokenizer import MAX_INCOMPLETE, REPLACEMENT, Detokenizer
+from stream_generator.detokenizer import MAX_INCOMPLETE, REPLACEMENT, Detokenizer, token_bytes
 
 TEXTS = {
     "chinese": "彩虹是阳光经过水滴折射和反射后形成的。生僻字：𠮷、龘、㐂、𪚥。",
@@ -172,3 +172,20 @@ def test_a_byte_fallback_run_that_turns_out_invalid_ends_and_loses_nothing_after
     assert text.startswith("é")
     assert text.endswith(" world")
     assert set(text[1:-6]) == {REPLACEMENT}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_the_bytes_of_the_ids_are_the_bytes_of_the_text(real_tokenizer: Any, text: str) -> None:
+    ids = real_tokenizer.encode(text, add_special_tokens=False)
+    assert b"".join(token_bytes(real_tokenizer, i) for i in ids) == text.encode()
+
+
+def test_a_control_token_is_its_name(llama3_tokenizer: Any) -> None:
+    eot = llama3_tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert token_bytes(llama3_tokenizer, eot) == b"<|eot_id|>"
+
+
+def test_a_byte_of_a_byte_fallback_vocabulary_is_that_byte() -> None:
+    tokenizer = byte_fallback_tokenizer()
+    token_id = tokenizer.convert_tokens_to_ids("<0xE5>")
+    assert token_bytes(tokenizer, token_id) == b"\xe5"

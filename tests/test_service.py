@@ -15,6 +15,7 @@ from fakes import Gate, fake_checkpoint, says
 
 from stream_generator.errors import StreamGeneratorError
 from stream_generator.sequence import FinishReason
+from stream_service import server
 from stream_service.errors import MAX_MESSAGE, answer
 
 TIMEOUT = 60  # seconds before a test that hangs fails; nothing waits for it otherwise
@@ -428,3 +429,122 @@ def test_a_history_that_fills_the_context_is_trimmed_and_the_start_event_says_so
     assert start["prompt_tokens"] + start["trimmed"]["tokens"] > 200
     assert end["response"] == "ok"
     assert end["history"] == [*history, ["hi", "ok"]], "the client keeps all of it"
+
+
+def test_a_history_that_may_not_be_cut_is_refused_with_both_numbers(serve: ServiceFactory) -> None:
+    url = serve(fake_checkpoint(says("ok"), context_length=100)).url
+    history = [["a" * 30, "b" * 30]] * 5
+    assert post(url, "/chat", history=history).status_code == 200
+    error = assert_error_shape(post(url, "/chat", history=history, truncate=False), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "403 tokens" in error["message"]
+    assert "100" in error["message"]
+    assert post(url, "/chat", truncate=False).status_code == 200
+
+
+# Stopping by name
+
+
+@pytest.mark.parametrize("accept", FORMS)
+def test_a_stop_ends_the_reply_as_far_as_it_is(serve: ServiceFactory, accept: str) -> None:
+    gate = Gate(says("abcdef"))
+    service = serve(fake_checkpoint(gate))
+    received = []
+    with raw_connection(service.url) as connection:
+        send_request(connection, accept, **{"X-Request-Id": "mine"})
+        gate.allow(2)
+        received.append(read_until(connection, b"b"))
+        stopped: list[Any] = []
+        stop = threading.Thread(
+            target=lambda: stopped.append(post(service.url, "/stop/mine").json())
+        )
+        stop.start()
+        wait_until_abort_is_asked_for(service, "mine")
+        gate.allow(100)
+        stop.join()
+        received.append(read_until(connection, b"0\r\n\r\n"))
+    assert stopped[0]["id"] == "mine"
+    assert stopped[0]["response"] in ("ab", "abc")
+    assert stopped[0]["finish_reason"] == "abort"
+    assert stopped[0]["usage"]["completion_tokens"] == len(stopped[0]["response"])
+    if accept != "text/plain":
+        assert b'"finish_reason":"abort"' in b"".join(received)
+
+
+def test_a_stop_reaches_one_who_waits_and_another_name_is_404(serve: ServiceFactory) -> None:
+    gate = Gate(says("ab"))
+    service = serve(fake_checkpoint(gate), slots=1)
+    first = threading.Thread(target=post, args=(service.url, "/chat"))
+    first.start()
+    assert gate.arrived.acquire(timeout=TIMEOUT)
+    assert_error_shape(post(service.url, "/stop/waiter"), 404)
+    with raw_connection(service.url) as connection:
+        send_request(connection, FORMS[1], **{"X-Request-Id": "waiter"})
+        read_until(connection, b'"event":"queue"')
+        stop = threading.Thread(target=post, args=(service.url, "/stop/waiter"))
+        stop.start()
+        wait_until_abort_is_asked_for(service, "waiter")
+        gate.allow(100)
+        end = read_until(connection, b"0\r\n\r\n")
+        stop.join()
+    assert b'"response":""' in end
+    assert b'"finish_reason":"abort"' in end
+    first.join()
+    assert_error_shape(post(service.url, "/stop/waiter"), 404)
+
+
+def test_several_replies_are_stopped_together(serve: ServiceFactory) -> None:
+    gate = Gate(says("abc"))
+    service = serve(fake_checkpoint(gate))
+    answers: list[Any] = []
+    body = {"messages": [{"role": "user", "content": "hi"}], "n": 3}
+
+    def ask() -> None:
+        url = service.url + "/v1/chat/completions"
+        headers = {"X-Request-Id": "three"}
+        answers.append(requests.post(url, json=body, headers=headers, timeout=TIMEOUT).json())
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert gate.arrived.acquire(timeout=TIMEOUT)
+    stop = threading.Thread(target=post, args=(service.url, "/stop/three"))
+    stop.start()
+    wait_until_abort_is_asked_for(service, "three-2")
+    gate.allow(1000)
+    stop.join()
+    asking.join()
+    assert {c["finish_reason"] for c in answers[0]["choices"]} == {"stop"}
+    assert sum(len(c["message"]["content"]) for c in answers[0]["choices"]) <= 3
+
+
+# Those who do not read
+
+
+def test_one_who_stops_reading_is_dropped_and_holds_nobody_up(
+    serve: ServiceFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stream_service.server.SILENT_READER_MS", 500)
+    monkeypatch.setattr("stream_service.server.UNSENT_BYTES", 1)
+    bind = server.bind
+
+    def bind_with_little_room(host: str, port: int) -> socket.socket:
+        listening = bind(host, port)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # inherited
+        return listening
+
+    monkeypatch.setattr(server, "bind", bind_with_little_room)
+    service = serve(fake_checkpoint(says("x" * 1900), context_length=2000), slots=2)
+    silent = []
+    for number in range(2):
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        where = urlsplit(service.url)
+        connection.connect((where.hostname, where.port))
+        send_request(connection, FORMS[1], **{"X-Request-Id": f"silent-{number}"})
+        silent.append(connection)
+    assert post(service.url, "/chat", max_new_tokens=3).json()["response"] == "xxx"
+    dispatcher = service.app.extensions["dispatcher"]
+    while dispatcher._admitted:  # until the system has given the readers up
+        assert post(service.url, "/chat", max_new_tokens=1).status_code == 200
+    for connection in silent:
+        connection.close()

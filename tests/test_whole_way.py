@@ -99,24 +99,105 @@ def test_service_and_page_come_up_stream_by_curl_and_end_together(
             requests.get(url, timeout=TIMEOUT)
 
 
-def test_a_signal_in_mid_reply_ends_the_stream_with_an_error_and_the_command_with_0(
-    demo: Checkpoint, command: type[Command]
-) -> None:
-    service = command("-P", "0")
-    address = service.read_until(r"http://[\d.]+:\d+")
+def begun_stream(address: str, tokens: int) -> Iterator[bytes]:
+    """The lines of a reply, of which one token has come."""
     response = requests.post(
         f"{address}/stream",
-        json={"query": RAINBOW, "min_new_tokens": 500},
+        json={"query": RAINBOW, "min_new_tokens": tokens, "max_new_tokens": tokens},
         headers={"Accept": "application/x-ndjson"},
         stream=True,
         timeout=TIMEOUT,
     )
-    lines = response.iter_lines(chunk_size=None)
+    lines: Iterator[bytes] = response.iter_lines(chunk_size=None)
     assert json.loads(next(lines))["event"] == "start"
     assert json.loads(next(lines))["event"] == "delta"
+    return lines
+
+
+def test_a_signal_lets_open_streams_finish_and_takes_nothing_new(
+    demo: Checkpoint, command: type[Command]
+) -> None:
+    service = command("-P", "0")
+    address = service.read_until(r"http://[\d.]+:\d+")
+    lines = begun_stream(address, 150)
     service.process.send_signal(signal.SIGTERM)
-    assert json.loads(list(lines)[-1])["event"] == "error"
+    while (ready := requests.get(f"{address}/ready", timeout=TIMEOUT)).ok:
+        pass  # the signal is on its way
+    assert ready.status_code == 503
+    refused = requests.post(f"{address}/stream", json={"query": "hi"}, timeout=TIMEOUT)
+    assert refused.status_code == 503
+    assert int(refused.headers["Retry-After"]) >= 1
+    end = json.loads(list(lines)[-1])
+    assert (end["event"], end["usage"]["completion_tokens"]) == ("end", 150)
     assert service.process.wait(TIMEOUT) == 0
+
+
+def test_what_has_not_finished_in_time_ends_with_an_error_and_the_command_with_0(
+    demo: Checkpoint, command: type[Command]
+) -> None:
+    service = command("-P", "0", "--drain", "0")
+    lines = begun_stream(service.read_until(r"http://[\d.]+:\d+"), 5000)
+    service.process.send_signal(signal.SIGTERM)
+    error = json.loads(list(lines)[-1])
+    assert (error["event"], error["error"]["code"]) == ("error", "unavailable")
+    assert service.process.wait(TIMEOUT) == 0
+
+
+def test_a_second_signal_ends_it_at_once_with_its_page(
+    demo: Checkpoint, command: type[Command]
+) -> None:
+    page_port = free_port()
+    service = command("-P", "0", "--app", "--app-port", str(page_port))
+    address = service.read_until(r"http://[\d.]+:\d+")
+    page = service.read_until(rf"http://[\d.]+:{page_port}")
+    lines = begun_stream(address, 5000)
+    service.process.send_signal(signal.SIGTERM)
+    while requests.get(f"{address}/ready", timeout=TIMEOUT).ok:
+        pass
+    service.process.send_signal(signal.SIGTERM)
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        list(lines)
+    assert service.process.wait(TIMEOUT) == 1
+    with pytest.raises(requests.ConnectionError):
+        requests.get(page, timeout=TIMEOUT)
+
+
+def test_while_the_model_loads_the_service_says_so(command: type[Command]) -> None:
+    port = free_port()
+    service = command("-P", str(port))
+    address = f"http://127.0.0.1:{port}"
+    statuses = []
+    while not statuses or statuses[-1] != 200:
+        try:
+            statuses.append(requests.get(f"{address}/ready", timeout=TIMEOUT).status_code)
+            assert requests.get(f"{address}/health", timeout=TIMEOUT).ok
+        except requests.ConnectionError:
+            assert service.process.poll() is None
+            assert not statuses, "once it listens, it answers"
+    assert statuses[0] == 503
+
+
+def test_a_key_is_asked_for_and_the_page_has_it(
+    demo: Checkpoint, command: type[Command], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("first-key\nsecond-key\n")
+    page_port = free_port()
+    service = command(
+        "-P", "0", "--api-key-file", str(keys), "--app", "--app-port", str(page_port)
+    )  # fmt: skip
+    address = service.read_until(r"http://[\d.]+:\d+")
+    assert "Authorization: Bearer" in service.read_until(r"curl -N .*")
+    assert requests.get(address, timeout=TIMEOUT).status_code == 401
+    client = StreamClient(address, api_key="second-key")
+    assert client.chat(RAINBOW, max_new_tokens=3)["usage"]["completion_tokens"] == 3
+    page = service.read_until(rf"http://[\d.]+:{page_port}")
+    body = {"data": ["Hi", [], None]}
+    called = requests.post(f"{page}/gradio_api/call/chat", json=body, timeout=TIMEOUT).json()
+    reply = requests.get(f"{page}/gradio_api/call/chat/{called['event_id']}", timeout=TIMEOUT).text
+    assert "event: complete" in reply
+    assert "could not reply" not in reply
+    assert "first-key" not in service.seen
 
 
 def test_mistakes_on_the_command_line_are_one_clear_sentence(command: type[Command]) -> None:

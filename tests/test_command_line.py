@@ -1,0 +1,72 @@
+"""The flags, and what becomes of them."""
+
+from pathlib import Path
+
+import pytest
+
+from stream_service.command_line import parse_arguments
+from stream_service.settings import LOOPBACK_NAMES
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LLAMA3_API_KEY", raising=False)
+
+
+def test_keys_come_from_flags_the_environment_and_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("four\n\nfive\n")
+    monkeypatch.setenv("LLAMA3_API_KEY", "three")
+    args = parse_arguments(["--api-key", "one", "--api-key", "two", "--api-key-file", str(file)])
+    assert args.settings.api_keys == ("one", "two", "three", "four", "five")
+    monkeypatch.delenv("LLAMA3_API_KEY")
+    assert parse_arguments([]).settings.api_keys == ()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hosts"),
+    [
+        ([], LOOPBACK_NAMES),
+        (["-H", "localhost"], LOOPBACK_NAMES),
+        (["-H", "127.0.0.7"], LOOPBACK_NAMES | {"127.0.0.7"}),
+        (["--allow-host", "My.Example"], LOOPBACK_NAMES | {"my.example"}),
+        (["-H", "0.0.0.0"], None),
+        (["-H", "0.0.0.0", "--allow-host", "my.example"], {"my.example"}),
+    ],
+)
+def test_which_hosts_are_answered_follows_from_where_it_listens(
+    arguments: list[str], hosts: set[str] | None
+) -> None:
+    assert parse_arguments(arguments).settings.allowed_hosts == hosts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-P", "70000"], "70000 is not a port"),
+        (["--max-queue", "0"], "0 is not a positive number"),
+        (["--max-time", "soon"], "soon is not a number of seconds"),
+        (["--drain", "-1"], "-1 is not a number of seconds"),
+        (["--api-key-file", "/no/such/file"], "/no/such/file"),
+        (["--api-key", "k", "--cors-origin", "*"], "name them instead of *"),
+        (["--quantize", "int3"], "int3"),
+    ],
+)
+def test_a_wrong_flag_is_one_clear_sentence(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(arguments)
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_an_empty_file_of_keys_does_not_open_the_door(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "keys").write_text("\n")
+    with pytest.raises(SystemExit):
+        parse_arguments(["--api-key-file", str(tmp_path / "keys")])
+    assert "there is no key" in capsys.readouterr().err

@@ -1,0 +1,56 @@
+"""What the documents tell people to type works as it stands."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import RunningService, running_service
+
+from stream_generator.checkpoint import Checkpoint
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 120
+EXAMPLES = [
+    pytest.param(language, code, id=f"{name}-{number}-{language}")
+    for name in ("api.md", "clients.md")
+    for number, (language, code) in enumerate(
+        re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs" / name).read_text(), re.DOTALL)
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def service(demo: Checkpoint) -> Iterator[RunningService]:
+    with running_service(demo) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("language", "code"), EXAMPLES)
+def test_an_example_works_as_it_stands(service: RunningService, language: str, code: str) -> None:
+    assert "localhost:8800" in code
+    code = code.replace("localhost:8800", service.url.removeprefix("http://"))
+    if language == "bash":
+        code = re.sub(r"\bcurl (?!-s)", "curl -sS --fail-with-body ", code)
+    command = ["bash", "-euo", "pipefail", "-c"] if language == "bash" else [sys.executable, "-c"]
+    done = subprocess.run(
+        [*command, code],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip()
+    assert "broken off" not in done.stdout
+
+
+def test_every_route_has_its_examples(service: RunningService) -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    for rule in service.app.url_map.iter_rules():
+        path = rule.rule.replace("<request_id>", "my-1").replace("<path:name>", "SmolLM2")
+        assert f"localhost:8800{path}" in text, path

@@ -39,13 +39,14 @@ def main(arguments: list[str] | None = None) -> int:
     serving = threading.Thread(target=server.run, name="server", daemon=True)
     serving.start()
 
-    from stream_generator.checkpoint import load_checkpoint
-    from stream_generator.engine import Engine
     from stream_generator.errors import CheckpointError
-    from stream_generator.model_runner import runner_for
-    from stream_service.app import create_app
 
     try:
+        from stream_generator.checkpoint import load_checkpoint
+        from stream_generator.engine import Engine
+        from stream_generator.model_runner import runner_for
+        from stream_service.app import create_app
+
         checkpoint = load_checkpoint(args.ckpts, args.quantize)
         runner = runner_for(
             checkpoint.model,
@@ -77,6 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     page: subprocess.Popen[bytes] | None = None
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, end)  # the terminal is closed; nohup has it ignored
     address = f"http://{_reachable(args.host)}:{server.port}"
     page = _start_page(args, address) if args.app else None
     print(_welcome(args, checkpoint.name, address), flush=True)
@@ -119,7 +122,7 @@ def start_log(as_json: bool) -> None:
 def _welcome(args: argparse.Namespace, model: str, address: str) -> str:
     """What a person who has just started it wants to know."""
     keys = args.settings.api_keys
-    is_open = args.settings.allowed_hosts is None and not keys
+    is_open = not keys and not args.is_loopback
     warning = (
         f"\nWARNING: {args.host} can be reached from outside, and no key is asked for. Give one "
         "with LLAMA3_API_KEY or --api-key-file.\n"
@@ -144,7 +147,8 @@ def _start_page(args: argparse.Namespace, address: str) -> "subprocess.Popen[byt
     }
     if args.settings.api_keys:
         environment["LLAMA3_API_KEY"] = args.settings.api_keys[0]
-    return subprocess.Popen([sys.executable, str(PAGE)], env=environment)
+    # Not of the terminal's group: Ctrl-C must not end the page before the streams that it shows.
+    return subprocess.Popen([sys.executable, str(PAGE)], env=environment, start_new_session=True)
 
 
 def _reachable(host: str) -> str:

@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Self
@@ -38,7 +38,8 @@ from stream_generator.token_stream import TokenStream
 logger = logging.getLogger(__name__)
 
 WAITING_CONTEXTS = 16  # the tokens of all prompts that wait, in contexts of the model
-STUCK_SECONDS = 60.0  # a step that takes longer hangs: slow machines need some for a long prompt
+STUCK_SECONDS = 60.0  # a step that takes longer, and ten times the longest before it, hangs
+PATIENCE_SECONDS = 60.0  # of those who wait for the computing thread
 SHUTTING_DOWN = "the service is shutting down; send the request again later"
 
 
@@ -74,10 +75,11 @@ class Engine:
         self._changed = threading.Condition()  # guards the streams, the scheduler and the rest
         self._streams: dict[str, TokenStream] = {}  # waiting and running, by request id
         self._scheduler = Scheduler()
-        self._errands: list[tuple[Callable[[], None], Future[None]]] = []
+        self._clears: list[Future[None]] = []  # those who wait for `clear`
         self._closing = self._serving = False
         self._drained_by: float | None = None  # when the last streams must have ended
         self._step_began: float | None = None
+        self._longest_step = 0.0  # seconds
         self.failed = False  # whether the engine itself has failed, not a request
         self._thread: threading.Thread | None = None
         self._prefixes = PrefixCache(self._runner.slots)  # of the computing thread alone
@@ -102,7 +104,7 @@ class Engine:
         """Ask for `n` replies to each prompt, which is computed once; all are taken in, or none.
 
         Where `params` name a seed, a prompt's reply i has the seed plus i. Streams come prompt by
-        prompt; the ids of those after the first end in "-1", "-2" and so on. Raises as `submit`
+        prompt; the ids of those after the first end in "#1", "#2" and so on. Raises as `submit`
         does.
         """
         if params.logprobs is not None and not self._runner.has_logprobs:
@@ -115,7 +117,7 @@ class Engine:
         streams: list[TokenStream] = []
         for prompt in map(list, prompts):
             for i in range(n):
-                name = f"{first_id}-{len(streams)}" if streams else first_id
+                name = f"{first_id}#{len(streams)}" if streams else first_id
                 sequence = self.checkpoint.new_sequence(
                     prompt, _with_seed(params, i), request_id=name
                 )
@@ -126,6 +128,13 @@ class Engine:
             raise InvalidRequest(
                 f"{len(streams)} replies are more than the {self.max_waiting + self.max_running} "
                 "that are served and wait at a time; ask for fewer",
+                param="n",
+            )
+        tokens = sum(len(stream.sequence.prompt_ids) for stream in streams)
+        if len(streams) > 1 and tokens > self.max_waiting_tokens:
+            raise InvalidRequest(
+                f"the prompts have {tokens} tokens in all, and {self.max_waiting_tokens} may wait; "
+                "ask for fewer replies at a time",
                 param="n",
             )
         with self._changed:
@@ -149,7 +158,8 @@ class Engine:
         tokens = sum(len(s.prompt_ids) for s in [*waiting, *(x.sequence for x in streams)])
         if len(waiting) + len(streams) > self.max_waiting + free:
             raise QueueFull(f"{len(waiting)} requests are waiting already; try again in a while")
-        if len(waiting) + len(streams) > free and waiting and tokens > self.max_waiting_tokens:
+        # A prompt that would wait alone is let in, however long.
+        if waiting and len(waiting) + len(streams) > free and tokens > self.max_waiting_tokens:
             raise QueueFull(
                 "the prompts that are waiting are too long in all; try again in a while"
             )
@@ -160,14 +170,28 @@ class Engine:
             sequence.abort_requested = True
             self._changed.notify_all()
 
-    def wait_until_ended(self, sequence: Sequence) -> None:
-        """Return when a sequence that was submitted has its finish reason."""
+    def wait_until_ended(self, sequence: Sequence) -> bool:
+        """Return when a sequence that was submitted has its finish reason; False: not in time."""
         with self._changed:
-            self._changed.wait_for(lambda: sequence.finish_reason is not None)
+            return self._changed.wait_for(
+                lambda: sequence.finish_reason is not None, PATIENCE_SECONDS
+            )
 
     def clear(self) -> None:
-        """Forget computed prefixes and give cached device memory back; returns when it is done."""
-        self._on_computing_thread(self._forget)
+        """Forget computed prefixes and give cached device memory back; returns when it is done.
+
+        Raises `EngineClosed` when the engine ends, or does not get to it within a minute.
+        """
+        done: Future[None] = Future()
+        with self._changed:
+            if self._closing:
+                raise EngineClosed(SHUTTING_DOWN)
+            self._clears.append(done)
+            self._changed.notify_all()
+        try:
+            done.result(timeout=PATIENCE_SECONDS)
+        except TimeoutError:
+            raise EngineClosed("the engine is too busy; try again later") from None
 
     def step(self) -> bool:
         """Compute one token for every running sequence; False when there was nothing to do.
@@ -187,10 +211,11 @@ class Engine:
         reason: StreamGeneratorError = EngineClosed(SHUTTING_DOWN)
         try:
             while self._wait_for_work():
-                self._run_errands()
-                self._step_began = time.monotonic()
+                self._forget_prefixes()
+                self._step_began = began = time.monotonic()
                 self.step()
                 self._step_began = None
+                self._longest_step = max(self._longest_step, time.monotonic() - began)
         except BaseException:
             logger.exception("the engine failed; restart the service")
             reason = GenerationFailed("the engine failed; the service must be restarted")
@@ -210,7 +235,8 @@ class Engine:
     def healthy(self) -> bool:
         """Whether it computes, or would; also while it drains."""
         began = self._step_began
-        stuck = began is not None and time.monotonic() - began > STUCK_SECONDS
+        limit = max(STUCK_SECONDS, 10 * self._longest_step)
+        stuck = began is not None and time.monotonic() - began > limit
         return self._serving and not self._closing and not stuck
 
     @property
@@ -258,7 +284,7 @@ class Engine:
                     return not self._closing and not self._drained()
 
     def _has_work(self) -> bool:
-        return bool(self._streams or self._errands or self._closing or self._drained())
+        return bool(self._streams or self._clears or self._closing or self._drained())
 
     def _drained(self) -> bool:
         limit = self._drained_by
@@ -352,55 +378,52 @@ class Engine:
         stream = self._streams[sequence.id]
         if output.finish_reason is not None:
             sound = output.finish_reason is not FinishReason.ERROR
-            with self._changed:
-                del self._streams[sequence.id]
-                self._scheduler.remove(sequence)
-                self._prefixes.release(sequence, keep=sound and self._runner.keeps_prefixes)
-                self._changed.notify_all()
+            self._leave(sequence, keep=sound and self._runner.keeps_prefixes)
             if sequence.slot is not None:
                 self._runner.release(sequence, sound=sound)
         stream.put(output)
 
-    def _on_computing_thread(self, errand: Callable[[], None]) -> None:
-        done: Future[None] = Future()
+    def _leave(self, sequence: Sequence, *, keep: bool) -> None:
+        """Forget a sequence that has ended. keep: what it has computed may serve others."""
         with self._changed:
-            if self._closing:
-                raise EngineClosed(SHUTTING_DOWN)
-            self._errands.append((errand, done))
+            del self._streams[sequence.id]
+            self._scheduler.remove(sequence)
+            self._prefixes.release(sequence, keep=keep)
             self._changed.notify_all()
-        done.result()
 
-    def _run_errands(self) -> None:
-        while self._errands:
-            errand, done = self._errands.pop(0)
-            try:
-                errand()
-            except Exception as error:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
-
-    def _fail_all(self, reason: StreamGeneratorError) -> None:
-        """The end: nothing new comes in, and whoever still waits is told why."""
+    def _forget_prefixes(self) -> None:
+        """Do what `clear` asks for, once for all who have asked."""
         with self._changed:
-            self._closing = True
-            streams = list(self._streams.values())
-        for stream in streams:
-            self._deliver(stream.sequence, stream.sequence.fail(reason))
-        while self._errands:
-            self._errands.pop(0)[1].set_exception(reason)
-
-    def _forget(self) -> None:
+            asked, self._clears = self._clears, []
+        if not asked:
+            return
         self._prefixes.clear()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        for done in asked:
+            done.set_result(None)
+
+    def _fail_all(self, reason: StreamGeneratorError) -> None:
+        """The end: nothing new comes in, and whoever still waits is told why.
+
+        The device is not touched: it may be what has failed.
+        """
+        with self._changed:
+            self._closing = True
+            streams, clears = list(self._streams.values()), self._clears
+        for stream in streams:
+            output = stream.sequence.fail(reason)
+            self._leave(stream.sequence, keep=False)
+            stream.put(output)
+        for done in clears:
+            done.set_exception(reason)
 
 
 def _with_seed(params: SamplingParams, offset: int) -> SamplingParams:
     if params.seed is None or not offset:
         return params
-    return params.model_copy(update={"seed": params.seed + offset})
+    return params.model_copy(update={"seed": (params.seed + offset) % 2**63})
 
 
 def _taken(sequence: Sequence, sampled: Sampled) -> TokenOutput:

@@ -13,7 +13,7 @@ from werkzeug.exceptions import HTTPException, NotAcceptable, NotFound
 from stream_generator.chat import Prompt
 from stream_generator.checkpoint import Checkpoint
 from stream_generator.engine import Engine
-from stream_generator.errors import EngineRefusal, StreamGeneratorError, TimeLimitReached
+from stream_generator.errors import StreamGeneratorError
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.token_stream import TokenStream
 from stream_service import openai_api, openapi, wire
@@ -84,7 +84,7 @@ def _install_frame(app: Flask, metrics: Metrics, settings: Settings) -> None:
         body, status = answer(error, g.request_id)
         response = jsonify(body)
         response.status_code = status
-        if isinstance(error, EngineRefusal | TimeLimitReached) and status in (429, 503):
+        if status in (429, 503):
             response.headers["Retry-After"] = str(dispatcher().retry_after())
         return response
 
@@ -167,14 +167,16 @@ def _add_routes(app: Flask, engine: Engine) -> None:
     @app.post("/stop/<request_id>")
     def stop(request_id: str) -> Response:
         """End a request, queued or running; tells what it has given so far."""
-        sequences = dispatcher().stop(request_id)
-        if sequences is None:
+        admission = dispatcher().stop(request_id)
+        if admission is None:
             raise NotFound("no request with this id is open; it may have ended already")
+        sequences = [stream.sequence for stream in admission.streams]
         return jsonify(
             id=request_id,
-            response="".join(s.text for s in sequences[:1]),
+            response=sequences[0].text if sequences else "",
+            responses=[sequence.text for sequence in sequences],
             finish_reason=sequences[0].finish_reason if sequences else "abort",
-            usage=wire.usage(sequences),
+            usage=wire.usage(sequences, admission.n),
         )
 
     @app.post("/stream")

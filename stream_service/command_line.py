@@ -101,6 +101,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--log-json", action="store_true", help="write each line of the log as JSON"
     )
     args = parser.parse_args(arguments)
+    args.is_loopback = args.host in ("localhost", "::1") or args.host.startswith("127.")
     try:
         args.settings = _settings(args)
     except (OSError, ValueError) as error:
@@ -110,18 +111,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def _settings(args: argparse.Namespace) -> Settings:
     keys = [*args.api_key]
-    if from_environment := os.environ.get("LLAMA3_API_KEY"):
+    if (from_environment := os.environ.get("LLAMA3_API_KEY")) is not None:
+        if not from_environment.strip():
+            raise ValueError("LLAMA3_API_KEY is set but empty; give it a key, or unset it")
         keys.append(from_environment)
     if args.api_key_file is not None:
-        keys += args.api_key_file.read_text().split()
-        if not keys:
+        in_file = args.api_key_file.read_text().split()
+        if not in_file:
             raise ValueError(f"there is no key in {args.api_key_file}")
+        keys += in_file
     hosts = {name.lower() for name in args.allow_host}
-    is_loopback = args.host in ("localhost", "::1") or args.host.startswith("127.")
-    if is_loopback:
-        hosts |= LOOPBACK_NAMES | {args.host}
+    if hosts or args.is_loopback:
+        hosts |= LOOPBACK_NAMES  # the page, and those who watch over it from this machine
+    if args.is_loopback:
+        hosts.add(args.host)
     return Settings(
-        api_keys=tuple(keys),
+        api_keys=tuple(key.strip() for key in keys),
         allowed_hosts=frozenset(hosts) or None,
         cors_origins=tuple(args.cors_origin),
         max_body=args.max_body,

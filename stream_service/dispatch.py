@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from stream_generator.engine import Engine
 from stream_generator.errors import DuplicateRequest, EngineClosed, QueueFull
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.sequence import Sequence
 from stream_generator.token_stream import TokenStream
 from stream_service.disconnect import DisconnectWatcher
 
@@ -80,17 +79,19 @@ class Dispatcher:
             admission = self._admitted[request_id] = Admission(self, request_id, gone)
         return admission
 
-    def stop(self, request_id: str) -> list[Sequence] | None:
-        """End a request; what it has given, once it has ended. None: there is no such request."""
+    def stop(self, request_id: str) -> Admission | None:
+        """End a request, and return it once all its streams have ended, or a minute has passed.
+
+        None: there is no such request.
+        """
         with self._lock:
             admission = self._admitted.get(request_id)
-        if admission is None:
-            return None
-        admission.stop()
-        sequences = [stream.sequence for stream in admission.streams]
-        for sequence in sequences:
-            self.engine.wait_until_ended(sequence)
-        return sequences
+        if admission is not None:
+            admission.stop()
+            for stream in admission.streams:
+                if not self.engine.wait_until_ended(stream.sequence):
+                    break
+        return admission
 
     def forget(self, admission: Admission) -> None:
         with self._lock:

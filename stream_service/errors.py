@@ -37,7 +37,7 @@ _ANSWERS: dict[type[BaseException], tuple[int, str, str]] = {
 _HTTP_TYPES = {401: "authentication_error", 403: "permission_error"}
 _HTTP_CODES = {
     401: "invalid_api_key",
-    403: "host_not_allowed",
+    403: "not_allowed",
     404: "not_found",
     405: "method_not_allowed",
     406: "not_acceptable",

@@ -2,6 +2,7 @@
 
 import hmac
 import re
+from urllib.parse import urlsplit
 
 from flask import Flask, request
 from flask_cors import CORS
@@ -23,10 +24,19 @@ def install_guard(app: Flask, settings: Settings) -> None:
         # A page of another site can make its own name mean 127.0.0.1 ("DNS rebinding"), but not
         # hide that name.
         host = request.headers.get("Host")
-        if settings.allowed_hosts is None or host is None:
+        if settings.allowed_hosts is None or host is None or request.path in OPEN_PATHS:
             return
         if _PORT.sub("", host).lower() not in settings.allowed_hosts:
             raise Forbidden("this Host is not allowed; use localhost, or start with --allow-host")
+
+    @app.before_request
+    def check_origin() -> None:
+        # CORS keeps other sites' pages from reading an answer, but not from sending a POST.
+        origin = request.headers.get("Origin")
+        if request.method != "POST" or origin is None or "*" in settings.cors_origins:
+            return
+        if origin not in settings.cors_origins and urlsplit(origin).netloc != request.host:
+            raise Forbidden("pages of this origin may not ask; start with --cors-origin ORIGIN")
 
     @app.before_request
     def check_key() -> None:

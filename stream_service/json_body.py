@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -9,6 +10,11 @@ from pydantic import BaseModel, ValidationError
 from stream_generator.errors import InvalidRequest
 
 Body = TypeVar("Body", bound=BaseModel)
+
+LONGEST_NAME = 60  # of a field, in an error
+
+# How pydantic names the branch of a union: "str", "constrained-str", "list[...]", "TextPart".
+_BRANCH = re.compile(r"^(str|int|[A-Z]\w*)$|[-\[]")
 
 # What OpenAI's protocol or other services know and this one does not do: refused by name.
 NOT_SUPPORTED = frozenset((
@@ -24,6 +30,8 @@ def parse_body(body: bytes, model: type[Body]) -> Body:
     data = _parse_json(body)
     if not isinstance(data, dict):
         raise InvalidRequest('the body must be a JSON object, such as {"query": "Hello"}')
+    if getattr(model, "null_is_absent", False):
+        data = _without_nulls(data)
     for key in data:  # before pydantic, which cannot name a key that is not valid Unicode
         if key not in model.model_fields:
             raise _unknown(key, key, model)
@@ -53,26 +61,35 @@ def _parse_json(body: bytes) -> Any:
         raise InvalidRequest("the body holds a number that is too long") from None
 
 
+def _without_nulls(value: Any) -> Any:
+    """`value` without the keys whose value is null, however deep."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _refuse_constant(name: str) -> Any:
     raise InvalidRequest(f"{name} is not valid JSON; use a finite number")
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise InvalidRequest(f"{_shown(twice)} is given twice; give it once", param=twice)
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise InvalidRequest(f"{_shown(key)} is given twice; give it once", param=key)
+        result[key] = value
     return result
 
 
 def _explained(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     """pydantic's first complaint, as a sentence that names the field and the remedy."""
-    first = error.errors(include_url=False, include_input=False)[0]
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    # Each branch of a union complains: the one that got furthest is the one that was meant.
+    of_first = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
+    first = max(of_first, key=lambda e: [len(e["loc"]), *(p for p in e["loc"] if type(p) is int)])
     # Locations inside a union also name its branch; a person knows only keys and indices.
-    path = [str(part) for part in first["loc"] if isinstance(part, int) or part[:1].islower()]
-    path = [part for part in path if "[" not in part]
-    param = ".".join(path).removesuffix(".str") or None
+    path = [str(p) for p in first["loc"] if isinstance(p, int) or not _BRANCH.search(p)]
+    param = ".".join(path) or None
     if first["type"] == "extra_forbidden":
         return _unknown(str(first["loc"][-1]), param, model)
     message = first["msg"].removeprefix("Value error, ")
@@ -84,7 +101,9 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> InvalidRequest
 def _unknown(name: str, param: str | None, model: type[BaseModel]) -> InvalidRequest:
     if name in NOT_SUPPORTED:
         return InvalidRequest(f"{name} is not supported here; leave it out", param=param)
-    known = difflib.get_close_matches(name, model.model_fields, n=1) if name == param else ()
+    known: list[str] = []
+    if name == param and len(name) <= LONGEST_NAME:
+        known = difflib.get_close_matches(name, model.model_fields, n=1)
     hint = f"; did you mean {known[0]}?" if known else ""
     return InvalidRequest(f"unknown field {_shown(name)}{hint}", param=param)
 
@@ -96,4 +115,4 @@ def _named_first(message: str, model: type[BaseModel]) -> str | None:
 
 
 def _shown(name: str) -> str:
-    return json.dumps(name if len(name) <= 60 else name[:60] + "...")
+    return json.dumps(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...")

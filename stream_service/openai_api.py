@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from flask import Blueprint, Response, g, jsonify
 
 from stream_generator.checkpoint import Checkpoint
-from stream_generator.errors import StreamGeneratorError
+from stream_generator.errors import InvalidRequest, StreamGeneratorError
 from stream_generator.sequence import Choice, FinishReason, Sequence, TokenOutput
 from stream_generator.token_stream import TokenStream, interleaved
 from stream_service.errors import ModelNotFound, answer
@@ -73,7 +73,12 @@ def create_blueprint(checkpoint: Checkpoint) -> Blueprint:
             checkpoint.encode(prompt) if isinstance(prompt, str) else prompt
             for prompt in body.prompts()
         ]
-        streams = admission.submit(prompts, body.sampling(), body.n)
+        try:
+            streams = admission.submit(prompts, body.sampling(), body.n)
+        except InvalidRequest as error:
+            if error.param == "messages":  # as a prompt is called elsewhere
+                error.param = "prompt"
+            raise
         return _answer(Text(checkpoint), body, streams, checkpoint)
 
     return v1

@@ -8,13 +8,16 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from werkzeug.routing import Rule
 
+from stream_service.guard import OPEN_PATHS
+
 View = TypeVar("View", bound=Callable[..., Any])
 
 ERRORS = {
     400: "the request is invalid, or too long for the context",
     401: "an API key is missing or wrong",
-    403: "this Host is not allowed",
+    403: "this Host, or the origin of this page, is not allowed",
     404: "there is no such route, model or request",
+    406: "the answer has no form that Accept allows",
     409: "a request with this id is still running",
     413: "the body is too large",
     415: "the body is not JSON",
@@ -82,7 +85,7 @@ def _operation(rule: Rule, view: Any) -> dict[str, Any]:
     answers = getattr(view, "answers", ("application/json",))
     summary, _, details = (view.__doc__ or "").strip().partition("\n\n")
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
-    known = ERRORS if body else {s: ERRORS[s] for s in (401, 403, 404)}
+    known = ERRORS if body else {s: ERRORS[s] for s in (401, 403, 404, 503)}
     operation: dict[str, Any] = {
         "operationId": rule.endpoint.replace(".", "_"),
         "summary": " ".join(summary.split()),
@@ -90,7 +93,7 @@ def _operation(rule: Rule, view: Any) -> dict[str, Any]:
             "200": {"description": "the answer", "content": {kind: {} for kind in answers}},
             **{str(s): {"description": text, "content": error} for s, text in known.items()},
         },
-        "security": [{"key": []}, {}],
+        "security": [] if rule.rule in OPEN_PATHS else [{"key": []}, {}],
     }
     if details:
         operation["description"] = " ".join(details.split())

@@ -1,6 +1,6 @@
 """The bodies of requests: the only place where JSON keys are read."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -31,7 +31,7 @@ class Turn(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_TURNS)]
+    content: Text | Annotated[list[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)]
 
     def message(self) -> Message:
         role = "system" if self.role == "developer" else self.role
@@ -51,13 +51,17 @@ class StreamRequest(SamplingParams):
         None, min_length=1, max_length=MAX_CHARACTERS, description="the user's new message"
     )
     history: list[Turn | Pair] | None = Field(
-        None, max_length=MAX_TURNS, description="earlier turns: [user, assistant] or messages"
+        None,
+        max_length=MAX_TURNS,
+        fail_fast=True,
+        description="earlier turns: [user, assistant] or messages",
     )
     prompt: Text | None = Field(None, description="the system prompt")
     messages: list[Turn] | None = Field(
         None,
         min_length=1,
         max_length=MAX_TURNS,
+        fail_fast=True,
         description="the whole conversation, in place of query, history and prompt",
     )
     max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="as max_new_tokens")
@@ -113,10 +117,13 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     include_usage: bool = Field(False, description="a last chunk with the usage of the request")
+    include_obfuscation: Literal[False] = Field(False, description="this service adds no padding")
 
 
 class OpenAIRequest(SamplingParams):
     """What OpenAI's two routes have in common; transformers' sampling parameters come on top."""
+
+    null_is_absent: ClassVar = True  # so it is in OpenAI's protocol, and its clients rely on it
 
     model: str | None = Field(None, max_length=512, description="must be the one that is served")
     n: int = Field(1, ge=1, le=MAX_REPLIES, description="replies to each prompt")
@@ -138,7 +145,7 @@ class OpenAIRequest(SamplingParams):
 class ChatCompletionRequest(OpenAIRequest):
     """The body of `/v1/chat/completions`."""
 
-    messages: list[Turn] = Field(min_length=1, max_length=MAX_TURNS)
+    messages: list[Turn] = Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)
     max_completion_tokens: int | None = Field(
         None, ge=1, le=1_000_000, description="as max_new_tokens"
     )
@@ -166,18 +173,17 @@ class ChatCompletionRequest(OpenAIRequest):
         return _sampling(self, limits, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_IDS)]
+# fail_fast: a complaint for each of a million ids would take a gigabyte.
+Ids = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)
+]
+Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 
 
 class CompletionRequest(OpenAIRequest):
     """The body of `/v1/completions`: text or ids to go on from, as they are, with no template."""
 
-    prompt: (
-        Text
-        | Ids
-        | Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Text | Ids | Annotated[list[Text], Prompts] | Annotated[list[Ids], Prompts]
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 import time
 import uuid
 from typing import Any
@@ -14,8 +15,15 @@ from waitress.task import ErrorTask
 
 from stream_service.errors import http_answer
 
+if sys.platform == "win32":
+    resource = None
+else:
+    import resource
+
 SPARE_THREADS = 16  # beside one for each open request: for GET routes and refusals
-CONNECTION_LIMIT = 1000  # waitress stops accepting at it, without an answer: keep it far away
+CONNECTION_LIMIT = 8192  # waitress stops accepting at it, without an answer: keep it far away
+SPARE_FILES = 256  # descriptors for what is no connection
+IDLE_SECONDS = 60  # after which a connection without a request is closed
 FLUSH_SECONDS = 5.0  # for the last events of open streams, when the service ends
 SILENT_READER_MS = 30_000  # a reader that takes nothing for so long is dropped
 UNSENT_BYTES = 256 * 1024  # of an answer that is not read; then its writer waits
@@ -68,7 +76,7 @@ def loading(environ: dict[str, Any], start_response: Any) -> list[bytes]:
     data = json.dumps(body).encode()
     headers = [("Content-Type", "application/json"), ("Content-Length", str(len(data)))]
     start_response(status, [*headers, ("Cache-Control", "no-store"), ("Retry-After", "2")])
-    return [data]
+    return [] if environ["REQUEST_METHOD"] == "HEAD" else [data]
 
 
 class Server:
@@ -83,7 +91,9 @@ class Server:
             loading,
             sockets=[listening],
             threads=SPARE_THREADS,
-            connection_limit=CONNECTION_LIMIT,
+            connection_limit=min(CONNECTION_LIMIT, _most_files() - SPARE_FILES),
+            channel_timeout=IDLE_SECONDS,
+            cleanup_interval=IDLE_SECONDS // 4,
             asyncore_use_poll=True,
             channel_request_lookahead=1,  # else a disconnect is not seen while a request runs
             max_request_body_size=max_body,
@@ -130,6 +140,18 @@ class Server:
         """Let `run` return soon. Safe from any thread and from a signal handler."""
         self._stopping = True
         self._server.pull_trigger()
+
+
+def _most_files() -> int:
+    """How many files this process may have open; as many as the system lets it ask for."""
+    if resource is None:
+        return CONNECTION_LIMIT
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = CONNECTION_LIMIT + SPARE_FILES
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return soft
 
 
 def bind(host: str, port: int) -> socket.socket:

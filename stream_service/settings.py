@@ -1,8 +1,11 @@
 """What the person who runs the service decides about HTTP."""
 
+import re
 from dataclasses import dataclass
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
+# What flask-cors would read as a pattern is no origin.
+_ORIGIN = re.compile(r"https?://[\w.-]+(:\d+)?|null", re.ASCII)
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
@@ -25,5 +28,11 @@ class Settings:
             raise ValueError(
                 "with API keys, CORS must not be open to every origin; name them instead of *"
             )
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"{origin} is no origin; give it as https://name or http://name:port, "
+                    "without a path"
+                )
         if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
             raise ValueError("an API key must be of printable ASCII characters, and not empty")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import llama3_service
 from stream_service.command_line import parse_arguments
 from stream_service.settings import LOOPBACK_NAMES
 
@@ -33,7 +34,7 @@ def test_keys_come_from_flags_the_environment_and_a_file(
         (["-H", "127.0.0.7"], LOOPBACK_NAMES | {"127.0.0.7"}),
         (["--allow-host", "My.Example"], LOOPBACK_NAMES | {"my.example"}),
         (["-H", "0.0.0.0"], None),
-        (["-H", "0.0.0.0", "--allow-host", "my.example"], {"my.example"}),
+        (["-H", "0.0.0.0", "--allow-host", "my.example"], LOOPBACK_NAMES | {"my.example"}),
     ],
 )
 def test_which_hosts_are_answered_follows_from_where_it_listens(
@@ -70,3 +71,28 @@ def test_an_empty_file_of_keys_does_not_open_the_door(
     with pytest.raises(SystemExit):
         parse_arguments(["--api-key-file", str(tmp_path / "keys")])
     assert "there is no key" in capsys.readouterr().err
+
+
+def test_an_empty_key_in_the_environment_does_not_open_the_door(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLAMA3_API_KEY", " ")
+    with pytest.raises(SystemExit):
+        parse_arguments([])
+    assert "set but empty" in capsys.readouterr().err
+    monkeypatch.setenv("LLAMA3_API_KEY", " k ")
+    assert parse_arguments([]).settings.api_keys == ("k",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_warned"),
+    [
+        (["-H", "0.0.0.0"], True),
+        (["-H", "0.0.0.0", "--allow-host", "my.example"], True),
+        (["-H", "0.0.0.0", "--api-key", "k"], False),
+        ([], False),
+    ],
+)
+def test_an_open_door_is_warned_of(arguments: list[str], is_warned: bool) -> None:
+    welcome = llama3_service._welcome(parse_arguments(arguments), "model", "http://x")
+    assert ("WARNING" in welcome) == is_warned

@@ -80,7 +80,7 @@ def test_a_stop_that_comes_before_the_prompt_is_ready_ends_it_all_the_same() -> 
     engine = engine_of(fake_checkpoint(says("abc")), slots=1)
     dispatcher = Dispatcher(engine)
     admission = dispatcher_admits(dispatcher, engine)
-    assert dispatcher.stop("early") == []
+    assert dispatcher.stop("early") is admission
     (stream,) = admission.submit([PROMPT], SamplingParams())
     engine.step()
     assert stream.sequence.finish_reason == "abort"

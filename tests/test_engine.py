@@ -330,7 +330,7 @@ def test_one_joins_and_one_leaves_between_any_two_steps() -> None:
 
 
 def test_a_long_prompt_comes_in_chunks_and_the_others_go_on() -> None:
-    engine = engine_of(fake_checkpoint(says("x" * 50), context_length=2000), slots=2)
+    engine = engine_of(fake_checkpoint(says("x" * 100), context_length=2000), slots=2)
     first = submit(engine)
     engine.step()
     long = engine.submit([1] * 900 + PROMPT, SamplingParams())
@@ -573,7 +573,7 @@ def test_several_replies_to_one_prompt_compute_it_once_and_are_those_of_each_see
     params = SamplingParams(seed=5, temperature=2.0, max_new_tokens=8)
     engine = engine_of(checkpoint, slots=4, max_waiting=0)
     together = engine.submit_several([PROMPT], params, 4, "r")
-    assert [stream.id for stream in together] == ["r", "r-1", "r-2", "r-3"]
+    assert [stream.id for stream in together] == ["r", "r#1", "r#2", "r#3"]
     while engine.step():
         pass
     cached = [stream.sequence.cached_tokens for stream in together]
@@ -589,7 +589,7 @@ def test_several_replies_to_one_prompt_compute_it_once_and_are_those_of_each_see
 
 
 def test_several_replies_are_taken_in_all_or_none(engine: Engine) -> None:
-    submit(engine, "x-1")
+    submit(engine, "x#1")
     with pytest.raises(QueueFull):
         engine.submit_several([PROMPT], SamplingParams(), 4)
     with pytest.raises(DuplicateRequest):
@@ -612,9 +612,15 @@ def test_a_lost_device_ends_the_engine_at_once_and_everybody_is_told(when: str) 
         )
 
     engine = engine_of(fake_checkpoint(after_the_probe), slots=2)
+
+    def fails_too(*args: Any, **kwargs: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: the device is lost")
+
+    engine._runner.release = fails_too
     streams = [submit(engine), submit(engine)]
     engine.run()
     assert engine.failed
+    assert not engine.running
     assert not engine.healthy
     for stream in streams:
         with pytest.raises(GenerationFailed, match="restarted"):
@@ -632,7 +638,7 @@ def test_replies_to_several_prompts_come_prompt_by_prompt() -> None:
     while engine.step():
         pass
     assert [text(s) for s in streams] == ["AA", "AA", "BB", "BB"]
-    assert [s.id for s in streams] == ["r", "r-1", "r-2", "r-3"]
+    assert [s.id for s in streams] == ["r", "r#1", "r#2", "r#3"]
 
 
 def test_more_replies_than_could_ever_be_served_are_no_matter_of_waiting(engine: Engine) -> None:
@@ -757,3 +763,23 @@ def test_a_step_that_hangs_is_no_sign_of_health(
     monkeypatch.setattr("stream_generator.engine.STUCK_SECONDS", 0.0)
     assert not engine.accepting
     gate.allow(100)
+
+
+def test_many_who_clear_at_once_are_served_by_one_clearing(start: Any) -> None:
+    gate = Gate(says("abc"))
+    engine = start(gate)
+    stream = submit(engine)
+    assert gate.arrived.acquire(timeout=TIMEOUT)
+    cleared = []
+    original = engine._prefixes.clear
+    engine._prefixes.clear = lambda: (cleared.append(1), original())
+    threads = [threading.Thread(target=engine.clear) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    with engine._changed:
+        assert engine._changed.wait_for(lambda: len(engine._clears) == 20, TIMEOUT)
+    gate.allow(100)
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert cleared == [1]
+    assert text(stream) == "abc"

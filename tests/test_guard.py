@@ -78,7 +78,7 @@ def test_a_page_cannot_come_in_by_a_name_of_its_own(engine: object, host: str, s
     response = client.get("/", headers={"Host": host})
     assert response.status_code == status
     if status == 403:
-        assert response.json["error"]["code"] == "host_not_allowed"
+        assert response.json["error"]["code"] == "not_allowed"
 
 
 def test_without_a_list_every_host_is_answered(engine: object) -> None:
@@ -112,3 +112,27 @@ def test_pages_of_the_named_origins_alone_may_ask(engine: object) -> None:
 def test_what_must_not_go_together_is_refused_at_start(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"\*|API key"):
         Settings(**settings)
+
+
+@pytest.mark.parametrize(
+    "origin", [".*", "https://*.example.com", "https://a.example/", "a.example"]
+)
+def test_what_is_no_origin_is_refused_at_start(origin: str) -> None:
+    with pytest.raises(ValueError, match="is no origin"):
+        Settings(cors_origins=(origin,))
+    Settings(cors_origins=("https://a.example", "http://localhost:3000", "null"))
+
+
+def test_a_page_of_another_site_cannot_even_send_what_needs_no_permission(engine: object) -> None:
+    client = client_for(engine, cors_origins=("https://mine.example",))
+    for origin, status in (
+        ("https://evil.example", 403), ("null", 403), ("https://mine.example", 200),
+        ("http://localhost", 200),  # the service's own
+    ):  # fmt: skip
+        assert client.post("/clear", headers={"Origin": origin}).status_code == status, origin
+
+
+def test_those_who_watch_over_it_may_come_by_any_name(engine: object) -> None:
+    client = client_for(engine, allowed_hosts=frozenset({"localhost"}))
+    for path in OPEN:
+        assert client.get(path, headers={"Host": "10.0.0.7:8800"}).status_code == 200

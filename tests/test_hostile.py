@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import requests
 from conftest import RunningService, running_service
 from fakes import engine_of, fake_checkpoint, says
 from flask.testing import FlaskClient
@@ -35,6 +36,8 @@ NEVER_VALID: list[bytes] = [
     b'{"query":"hi","temperature":1e999}', b'{"query":"hi","temperature":-1e999}',
     b'{"query":"hi","temperature":1e-999999999999}x', b'{"query":"\\ud800"}',
     b'{"query":"\\udfff\\ud800"}', b'{"\\ud800":1,"query":"hi"}', b'{"query":"hi","\\u0000":1}',
+    b"{" + b"".join(b'"%d":1,' % n for n in range(300_000)) + b'"7":1}',
+    b'{"' + b"k" * 3_000_000 + b'":1}', b'{"prompt":[' + b"-1," * 500_000 + b"-1]}",
     b'{"__class__":1,"query":"hi"}', b'{"model_config":1,"query":"hi"}', b'{"":1,"query":"hi"}',
     b'{"query":"\xc3\x28"}', b'{"query":"\xed\xa0\x80"}', b'{"query":"\xf8\x88\x80\x80\x80"}',
     '{"query":"hi"}'.encode("utf-16"), '{"query":"hi"}'.encode("utf-32"),
@@ -222,3 +225,16 @@ def test_the_body_limit_holds_however_the_length_is_said(service: RunningService
                 while data := connection.recv(4096):
                     answer += data
         assert answer.startswith(b"HTTP/1.1 413"), answer[:100]
+
+
+def test_a_thousand_who_connect_and_say_nothing_keep_nobody_out() -> None:
+    with running_service(fake_checkpoint(says("ok"))) as service, contextlib.ExitStack() as stack:
+        where = urlsplit(service.url)
+        for number in range(1100):
+            connection = stack.enter_context(
+                socket.create_connection((where.hostname, where.port), timeout=TIMEOUT)
+            )
+            if number % 2:
+                connection.sendall(b"POST /chat HTTP/1.1\r\nHost: localhost\r\nContent-")
+        body = {"query": "hi"}
+        assert requests.post(f"{service.url}/chat", json=body, timeout=TIMEOUT).status_code == 200

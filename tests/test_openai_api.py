@@ -181,6 +181,46 @@ def test_sampling_parameters_of_both_protocols_work(client: openai.OpenAI) -> No
     assert answer.choices[0].message.content == "彩�"
 
 
+def test_a_reply_goes_into_the_next_request_as_it_came(client: openai.OpenAI) -> None:
+    messages: list[Any] = [*HI]
+    for _ in range(2):
+        answer = client.chat.completions.create(model="fake", messages=messages)
+        messages += [answer.choices[0].message, {"role": "user", "content": "and?"}]
+    assert answer.choices[0].message.content == "彩虹 🌈!"
+
+
+def test_null_is_as_good_as_nothing(service: RunningService) -> None:
+    names = ("n", "stream", "tools", "response_format", "user", "stop", "temperature", "seed")
+    body = {"messages": HI, **dict.fromkeys(names), "stream_options": None}
+    response = requests.post(f"{service.url}/v1/chat/completions", json=body, timeout=TIMEOUT)
+    assert response.status_code == 200, response.text
+
+
+def test_the_largest_seed_may_be_asked_for_several_replies(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model="fake", messages=HI, seed=2**63 - 1, n=2, temperature=1
+    )
+    assert len(answer.choices) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "param", "words"),
+    [
+        (3, "prompt", "valid"),
+        ([1, -1], "prompt.1", "greater than or equal to 0"),
+        ("", "prompt", "empty"),
+        ([70000], "prompt", "not in the vocabulary"),
+        ("x" * 600, "prompt", "600 tokens"),
+    ],
+)
+def test_a_prompt_that_cannot_be_gone_on_from_is_named_as_such(
+    client: openai.OpenAI, prompt: Any, param: str, words: str
+) -> None:
+    with pytest.raises(openai.BadRequestError, match=words) as error:
+        client.completions.create(model="fake", prompt=prompt)
+    assert error.value.param == param
+
+
 def test_a_wrong_key_is_an_authentication_error(serve: ServiceFactory) -> None:
     service = serve(fake_checkpoint(says("a")), settings=Settings(api_keys=("right", "other")))
     with client_of(service, api_key="wrong") as client:

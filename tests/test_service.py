@@ -509,7 +509,7 @@ def test_several_replies_are_stopped_together(serve: ServiceFactory) -> None:
     assert gate.arrived.acquire(timeout=TIMEOUT)
     stop = threading.Thread(target=post, args=(service.url, "/stop/three"))
     stop.start()
-    wait_until_abort_is_asked_for(service, "three-2")
+    wait_until_abort_is_asked_for(service, "three#2")
     gate.allow(1000)
     stop.join()
     asking.join()

@@ -69,8 +69,10 @@ def command() -> Iterator[type[Command]]:
 
     yield Started
     for one in started:
-        one.process.kill()
-        one.process.communicate()
+        for _ in range(2):  # the second ends it at once, with its page
+            if one.process.poll() is None:
+                one.process.terminate()
+        one.process.communicate(timeout=TIMEOUT)
 
 
 def test_service_and_page_come_up_stream_by_curl_and_end_together(
@@ -197,6 +199,7 @@ def test_a_key_is_asked_for_and_the_page_has_it(
     reply = requests.get(f"{page}/gradio_api/call/chat/{called['event_id']}", timeout=TIMEOUT).text
     assert "event: complete" in reply
     assert "could not reply" not in reply
+    assert service.end(signal.SIGTERM) == 0
     assert "first-key" not in service.seen
 
 

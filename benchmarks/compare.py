@@ -1,6 +1,6 @@
 """Our service beside its peers: same machine, weights, prompts, lengths and sampling, over HTTP.
 
-    python benchmarks/compare.py --install      # peers into an environment of their own, then run
+    python benchmarks/with_peers.py compare.py      # the peers into an environment of their own
 
 In each round every system is started once, in turn, and asked for: the first token after its start;
 one stream; four and eight streams at once; a prompt of about 70 and one of about 1,500 tokens.
@@ -15,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from late_tokens import RESULTS, ROOT, machine
 from serve import SYSTEMS, TOKENS, Load, Request, Service, question, spread
 
 HERE = Path(__file__).parent
-ENVIRONMENT = HERE / ".peers"
 ALL = ["ours", "llama.cpp", *SYSTEMS[1:], "TextIteratorStreamer"]
 FILLER = "the bees near the old mill gather honey from lime trees in early summer and "
 COLUMNS = {
@@ -39,14 +37,11 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--install", action="store_true")
     parser.add_argument("--systems", nargs="+", choices=ALL, default=ALL)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8.0, help="of four and eight streams")
     parser.add_argument("--name", default="compare")
     args = parser.parse_args()
-    if args.install:
-        sys.exit(install())
     rounds: dict[str, list[dict[str, float]]] = {system: [] for system in args.systems}
     in_process: list[float] = []
     numbers = iter(range(1, 10**6))
@@ -73,17 +68,6 @@ def main() -> None:
     (RESULTS / f"{args.name}.md").write_text(table(medians))
     print(table(medians), json.dumps(report["ratios_of_medians"], indent=1))
     plot(medians, RESULTS / f"{args.name}.png")
-
-
-def install() -> int:
-    """An environment with the peers and with us, and this file again in it."""
-    if not ENVIRONMENT.is_dir():
-        venv.create(ENVIRONMENT, with_pip=True)
-    python = str(ENVIRONMENT / "bin" / "python")
-    requirements = str(HERE / "requirements.txt")
-    subprocess.run([python, "-m", "pip", "install", "-q", "-r", requirements], check=True)
-    arguments = [argument for argument in sys.argv[1:] if argument != "--install"]
-    return subprocess.run([python, __file__, *arguments], check=False).returncode
 
 
 def measure(system: str, args: argparse.Namespace, numbers: Any) -> dict[str, float]:

@@ -47,7 +47,13 @@ def main(arguments: list[str] | None = None) -> int:
         from stream_generator.model_runner import runner_for
         from stream_service.app import create_app
 
-        checkpoint = load_checkpoint(args.ckpts, args.quantize)
+        checkpoint = load_checkpoint(
+            args.ckpts,
+            args.quantize,
+            name=args.served_model_name,
+            dtype=args.dtype,
+            device=args.device,
+        )
         runner = runner_for(
             checkpoint.model,
             checkpoint.context_length,
@@ -60,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ended while loading", file=sys.stderr)
         return 1
-    print(f"{checkpoint.name}: {runner.describe()}", flush=True)
+    print(f"{checkpoint.describe()}\n{runner.describe()}", flush=True)
     engine = Engine(
         checkpoint, max_waiting=args.max_queue, max_seconds=args.max_time, runner=runner
     )

@@ -155,6 +155,31 @@ class ChatFormat:
             ) from error
 
 
+class MetaChatFormat(ChatFormat):
+    """Llama 3's own format, for Meta's layout, which has no template.
+
+    Each piece of text is encoded by itself, and as plain text. Source: Meta's llama-models,
+    llama3/chat_format.py.
+    """
+
+    def encode(self, messages: list[Message]) -> list[int]:
+        ids: list[int] = [self._tokenizer.bos_token_id]
+        for message in messages:
+            ids += [*self._header(message["role"]), *self._encode_plain(message["content"])]
+            ids.append(self._id("<|eot_id|>"))
+        if messages and messages[-1]["role"] == "assistant":
+            return ids[:-1]  # it is continued
+        return ids + self._header("assistant")
+
+    def _header(self, role: str) -> list[int]:
+        begin, end = self._id("<|start_header_id|>"), self._id("<|end_header_id|>")
+        return [begin, *self._encode_plain(role), end, *self._encode_plain("\n\n")]
+
+    def _id(self, token: str) -> int:
+        found: int = self._tokenizer.convert_tokens_to_ids(token)
+        return found
+
+
 def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
     """A pattern that finds any of `names`, the longest first; None for none."""
     ordered = sorted(filter(None, names), key=len, reverse=True)

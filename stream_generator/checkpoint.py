@@ -3,22 +3,22 @@
 import logging
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
 import torch
-from huggingface_hub import snapshot_download
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from stream_generator.chat import ChatFormat
-from stream_generator.demo_model import DEMO_NAME, PACKED_FILE, demo_model_directory
+from stream_generator.chat import ChatFormat, MetaChatFormat
 from stream_generator.detokenizer import Detokenizer, token_bytes
 from stream_generator.errors import CheckpointError, InvalidRequest, PromptTooLong
 from stream_generator.fused import fuse
+from stream_generator.gguf_checkpoint import PACKED_FILE
+from stream_generator.layout import ACCEPTED, HUB, META, Located, locate, refuse_unsafe
 from stream_generator.packed_cache import PackedCache
 from stream_generator.quantization import DENSE_SHARE, PackedWeight, Packing, load_packed
 from stream_generator.sampler import generator_for
@@ -53,6 +53,19 @@ class Checkpoint:
     context_length: int
     vocab_size: int
     defaults: SamplingParams
+    layout: str = "a loaded model"
+
+    def describe(self) -> str:
+        """What it is and where its parts came from, for a person."""
+        ends = " ".join(self.tokenizer.convert_ids_to_tokens(sorted(self.end_ids))) or "nothing"
+        own_template = "the checkpoint's own" if self.tokenizer.chat_template else "none"
+        return (
+            f"{self.name}: {self.layout}, {type(self.model).__name__}, "
+            f"{self.model.num_parameters() / 1e6:,.0f} M parameters in "
+            f"{str(self.model.dtype).removeprefix('torch.')} on {self.model.device}, a context of "
+            f"{self.context_length} tokens, ends with {ends}, chat template: "
+            f"{'built in, as Meta has it' if self.layout == META else own_template}"
+        )
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: Any, name: str = "model") -> Self:
@@ -121,55 +134,80 @@ class Checkpoint:
                 )
 
 
-def load_checkpoint(source: str | None = None, quantize: str = "auto") -> Checkpoint:
-    """Load a model from a directory in Hugging Face format or by its hub id; None: the demo model.
+def load_checkpoint(
+    source: str | None = None,
+    quantize: str = "auto",
+    *,
+    name: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> Checkpoint:
+    """Load a model from whatever people have of it; see `locate`. None: the demo model.
 
     quantize: "none", "int8", "int4", or "auto" for weights packed as the checkpoint has them.
+    name: what it is called in answers. dtype: "bfloat16", "float16", "float32", or "auto" for
+    bfloat16 where the device is fast at it, else float32. device: one to put it on; by default it
+    is spread over all GPUs there are, else on the CPU.
 
-    In bfloat16 where the device is fast at it, else float32; over all GPUs there are. Weights
-    come from safetensors only and no code of the checkpoint is run.
+    Weights come from safetensors, GGUF or Meta's own files, and no code of the checkpoint is run.
     Raises `CheckpointError`, whose message says what to do.
     """
-    if source is None:
-        path, name = str(demo_model_directory()), DEMO_NAME
-    else:
-        path, name = _locate(source)
-    dtype = preferred_dtype()
+    found = locate(source)
+    if found.layout != HUB:
+        refuse_unsafe(Path(found.path))
+        _refuse_if_too_large(Path(found.path), device)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            found.path, revision=found.revision, trust_remote_code=False
+        )
         model, report = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            device_map="auto" if torch.cuda.is_available() else None,
+            found.path,
+            revision=found.revision,
+            dtype=preferred_dtype(device) if dtype == "auto" else getattr(torch, dtype),
+            device_map=device or ("auto" if torch.cuda.is_available() else None),
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
-            f"could not load {source or 'the demo model'}: {_first_line(error)}; --ckpts takes a "
-            "directory in Hugging Face format (config.json, tokenizer, *.safetensors) or the id "
-            "of a model on the hub (HF_TOKEN for gated ones)"
+            f"could not load {source or 'the demo model'}: {_first_line(error)}; --ckpts takes "
+            f"{ACCEPTED}"
         ) from error
     if missing := sorted(report["missing_keys"]):
         # transformers would fill them with random numbers, and the model would talk nonsense.
         raise CheckpointError(
             f"{source} lacks {len(missing)} of its weights ({missing[0]}, ...); download it again"
         )
-    _make_lean_and_keep(model, quantize, path)
-    checkpoint = Checkpoint.of(model, tokenizer, name)
+    _make_lean_and_keep(model, quantize, found)
+    made = Checkpoint.of(model, tokenizer, name or found.name)
     model.generation_config.stop_strings = None  # they are in the defaults now
-    return checkpoint
+    if found.layout == META:
+        made = replace(made, chat=MetaChatFormat(tokenizer))
+    return replace(made, layout=found.layout)
 
 
-def _make_lean_and_keep(model: PreTrainedModel, quantize: str, path: str) -> None:
+def _refuse_if_too_large(directory: Path, device: str | None) -> None:
+    weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    if device is None and torch.cuda.is_available():
+        free = sum(free_memory(torch.device("cuda", n)) for n in range(torch.cuda.device_count()))
+        free += free_memory(torch.device("cpu"))  # what does not fit is kept there
+    else:
+        free = free_memory(torch.device(device or "cpu"))
+    if weights > free:
+        raise CheckpointError(
+            f"the weights in {directory} take {weights / 1e9:.1f} GB, but {free / 1e9:.1f} GB are "
+            "free; use --quantize int4 on a machine with more memory, or a smaller model"
+        )
+
+
+def _make_lean_and_keep(model: PreTrainedModel, quantize: str, found: Located) -> None:
     """`make_lean`, with what is packed already or was kept by an earlier start."""
-    own = Path(path) / PACKED_FILE
+    own = Path(found.path) / PACKED_FILE
     if own.is_file() and quantize != "none":
         make_lean(model, quantize, load_packed(own))
     elif quantize in BITS:
-        directory = path if Path(path).is_dir() else snapshot_download(path, local_files_only=True)
-        kept = PackedCache(Path(directory), BITS[quantize])
+        kept = PackedCache(found.directory(), BITS[quantize])
         if made := make_lean(model, quantize, kept.load()):
             kept.save(made)
     else:
@@ -206,33 +244,15 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def preferred_dtype() -> torch.dtype:
+def preferred_dtype(device: str | None = None) -> torch.dtype:
     """bfloat16 where the device has kernels made for it, else float32."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and device != "cpu":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Builds without oneDNN, as for Apple's processors, lack the question.
         supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
         fast = supported is not None and supported()
     return torch.bfloat16 if fast else torch.float32
-
-
-def _locate(source: str) -> tuple[str, str]:
-    """The path or hub id to load from, and the model's name."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
-            raise CheckpointError(
-                f"{source} is not a Hugging Face checkpoint: there is no config.json in it "
-                f"(found: {found})"
-            )
-        return str(path), path.resolve().name
-    if path.exists():
-        raise CheckpointError(f"{source} is a file; give the directory of the checkpoint")
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise CheckpointError(f"{source} does not exist; give a directory or a model's hub id")
-    return source, source
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

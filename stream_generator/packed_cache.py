@@ -1,6 +1,5 @@
 """Where weights that were packed on request are kept, so that a later start need not pack again."""
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from stream_generator.pypi_file import cache_directory
+from stream_generator.cache import cache_directory, fingerprint, state_of
 from stream_generator.quantization import PackedWeight, load_packed, save_packed
 
 logger = logging.getLogger(__name__)
@@ -27,10 +26,9 @@ class PackedCache:
     def __init__(self, checkpoint: Path, bits: int, cache: Path | None = None):
         """checkpoint: a directory with *.safetensors."""
         self._folder = (cache or cache_directory()) / "packed"
-        files = [(p.name, p.stat()) for p in sorted(checkpoint.glob("*.safetensors"))]
-        state = [(FORMAT, name, s.st_size, s.st_mtime_ns) for name, s in files]
-        self._family = f"{_digest(checkpoint.resolve())}-int{bits}"
-        self._path = self._folder / f"{self._family}-{_digest(state)}.safetensors"
+        state = fingerprint(FORMAT, state_of(checkpoint.glob("*.safetensors")))
+        self._family = f"{fingerprint(checkpoint.resolve())}-int{bits}"
+        self._path = self._folder / f"{self._family}-{state}.safetensors"
 
     def load(self) -> dict[str, PackedWeight]:
         """What was kept, by the names of the model's modules; empty if there is nothing."""
@@ -54,7 +52,3 @@ class PackedCache:
                     older.unlink(missing_ok=True)
         except OSError as error:
             logger.warning("the packed weights are not kept in %s: %s", self._folder, error)
-
-
-def _digest(value: object) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]

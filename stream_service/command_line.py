@@ -17,7 +17,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "-c",
         "--ckpts",
         metavar="MODEL",
-        help="directory in Hugging Face format, or hub id (a small demo model)",
+        help="directory in Hugging Face format or as Meta distributes Llama, .gguf file, or hub "
+        "id, also as id@revision and id:file.gguf (a small demo model)",
+    )
+    model.add_argument(
+        "--served-model-name", metavar="NAME", help="what it is called in answers (its own name)"
+    )
+    model.add_argument(
+        "--dtype",
+        choices=["auto", "bfloat16", "float16", "float32"],
+        default="auto",
+        help="of its numbers; auto: bfloat16 where the device is fast at it (%(default)s)",
+    )
+    model.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:1 (all GPUs there are, else the CPU)",
     )
     model.add_argument(
         "--quantize",

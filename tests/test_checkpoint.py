@@ -85,7 +85,7 @@ def test_a_relative_path_and_a_home_path_work(saved: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("missing", "words"),
     [
-        (("config.json",), "no config.json in it"),
+        (("config.json",), "holds no checkpoint"),
         (("model.safetensors",), "could not load"),
         (("tokenizer.json", "tokenizer_config.json"), "could not load"),
     ],
@@ -138,8 +138,8 @@ def test_weights_that_are_not_there_are_not_made_up(saved: Path, tmp_path: Path)
     [
         ("/no/such/directory", "does not exist"),
         ("./nowhere", "does not exist"),
-        (__file__, "is a file"),
-        ("not a valid id!", "could not load"),
+        (__file__, "is no GGUF file"),
+        ("not a valid id!", "does not exist"),
     ],
 )
 def test_what_is_no_model_is_named(source: str, words: str) -> None:

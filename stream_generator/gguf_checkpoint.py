@@ -1,0 +1,157 @@
+"""A GGUF file as a directory in Hugging Face format, converted once.
+
+Reading a GGUF takes transformers some twenty seconds for a small model, each time; the directory
+loads in under a second. Four and eight bit weights are also kept as they are.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, pre_tokenizers, processors
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from stream_generator.cache import cache_directory, fingerprint, made_once, state_of
+from stream_generator.errors import CheckpointError
+from stream_generator.quantization import save_packed
+
+logger = logging.getLogger(__name__)
+
+PACKED_FILE = "packed.safetensors"  # the weights as the GGUF has them, beside the dense ones
+CONVERSION = 1  # raise it when the conversion changes, so that older results are not used
+MAGIC = b"GGUF"
+
+
+def _digits_first() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+
+
+def _split_by(pattern: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
+    return lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+# How a text is split before its pieces are looked up, by tokenizer.ggml.pre. transformers splits
+# every GGUF with a byte-level vocabulary as GPT-2's. Source: llama.cpp, llama-vocab.cpp.
+PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "smollm": _digits_first,
+    "llama-bpe": _split_by(_WORDS + r"\p{N}{1,3}" + _REST),
+    "qwen2": _split_by(_WORDS + r"\p{N}" + _REST),
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+}
+IGNORE_MERGES = {"llama-bpe"}  # a piece that is a word of the vocabulary is that word
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as a GGUF does."""
+    with path.open("rb") as file:
+        return file.read(4) == MAGIC
+
+
+def converted_gguf(path: Path, cache: Path | None = None) -> Path:
+    """The same model as a directory in Hugging Face format, in the cache.
+
+    Raises `CheckpointError` for a file that is damaged, or of an architecture that is not known.
+    """
+    facts = fingerprint(CONVERSION, state_of([path]))
+    target = (cache or cache_directory()) / "converted" / f"{path.stem}-{facts}"
+    # Dense in bfloat16, and packed: at most five times four bits.
+    return made_once(
+        target, lambda directory: convert_gguf(path, directory), 5 * path.stat().st_size
+    )
+
+
+def convert_gguf(path: Path, directory: Path) -> None:
+    """Write the model, its tokenizer and its packed weights into `directory`."""
+    # Imported here: only the first start needs it, and it takes a while.
+    from gguf import GGUFReader
+
+    from stream_generator.gguf_weights import packed_weights
+
+    print(f"Converting {path.name} for faster starts (once) ...", file=sys.stderr)
+    source, name = str(path.parent), path.name
+    try:
+        reader = GGUFReader(path)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            gguf_file=name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        _mend_tokenizer(tokenizer, reader.fields)
+        _mend_rotation(model.config, reader)
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        packed = packed_weights(path, linears)
+    except Exception as error:  # whatever a foreign file makes the readers raise
+        detail = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{path} could not be read: {detail[0]}; if it was cut off, download it again"
+        ) from error
+    model.save_pretrained(directory)
+    if packed:
+        save_packed(packed, directory / PACKED_FILE)
+    tokenizer.save_pretrained(directory)
+
+
+def _mend_rotation(config: Any, reader: Any) -> None:
+    """Llama 3.1's and 3.2's scaled frequencies, which a GGUF has as a tensor of divisors.
+
+    transformers leaves them out. Raises `ValueError` where they are not of that kind.
+    """
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    if "rope_freqs.weight" not in tensors:
+        return
+    divisors = torch.tensor(tensors["rope_freqs.weight"].data)
+    config.rope_parameters = {
+        "rope_type": "llama3",
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "factor": round(float(divisors.max()), 4),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    plain = 1 / config.rope_parameters["rope_theta"] ** (
+        torch.arange(len(divisors)) / len(divisors)
+    )
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    if not torch.allclose(plain / scaled, divisors, rtol=1e-3):
+        raise ValueError("its rotary frequencies are scaled in a way that is not Llama 3's")
+
+
+def _mend_tokenizer(tokenizer: Any, fields: dict[str, Any]) -> None:
+    """Split texts as the model was trained, and begin them as the file says."""
+
+    def field(name: str) -> Any:
+        return fields[name].contents() if name in fields else None
+
+    backend = tokenizer.backend_tokenizer
+    if field("tokenizer.ggml.model") == "gpt2":
+        kind = field("tokenizer.ggml.pre")
+        if kind in PRE_TOKENIZERS:
+            backend.pre_tokenizer = PRE_TOKENIZERS[kind]()
+            backend.model.ignore_merges = kind in IGNORE_MERGES
+        else:
+            logger.warning("the file's tokenizer is of the kind %s: it may split otherwise", kind)
+        begin = tokenizer.bos_token
+        if begin and field("tokenizer.ggml.add_bos_token"):
+            backend.post_processor = processors.TemplateProcessing(
+                single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)]
+            )

@@ -237,12 +237,12 @@ class Engine:
         began = self._step_began
         limit = max(STUCK_SECONDS, 10 * self._longest_step)
         stuck = began is not None and time.monotonic() - began > limit
-        return self._serving and not self._closing and not stuck
+        return not (self.failed or self._closing or stuck)
 
     @property
     def accepting(self) -> bool:
         """Whether requests that are submitted now will be served."""
-        return self.healthy and self._drained_by is None
+        return self.healthy and self._serving and self._drained_by is None
 
     @property
     def running(self) -> int:

@@ -89,7 +89,7 @@ def _in_directory(path: Path) -> Located:
 
 def refuse_unsafe(directory: Path) -> None:
     """Raise `CheckpointError` where a directory names code of its own, or leads out of itself."""
-    for file in sorted(directory.glob("*.json")):
+    for file in [*directory.glob("*config.json"), *directory.glob("*.index.json")]:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:

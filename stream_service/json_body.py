@@ -1,6 +1,7 @@
 """Bytes to a validated body: strict JSON, and errors that name the field and the remedy."""
 
 import difflib
+import functools
 import json
 import re
 from typing import Any, TypeVar
@@ -102,10 +103,18 @@ def _unknown(name: str, param: str | None, model: type[BaseModel]) -> InvalidReq
     if name in NOT_SUPPORTED:
         return InvalidRequest(f"{name} is not supported here; leave it out", param=param)
     known: list[str] = []
-    if name == param and len(name) <= LONGEST_NAME:
-        known = difflib.get_close_matches(name, model.model_fields, n=1)
+    if len(name) <= LONGEST_NAME:
+        names = model.model_fields if name == param else _nested_names(model)
+        known = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {known[0]}?" if known else ""
     return InvalidRequest(f"unknown field {_shown(name)}{hint}", param=param)
+
+
+@functools.cache
+def _nested_names(model: type[BaseModel]) -> frozenset[str]:
+    """The fields of all that a body holds: messages, their parts, options."""
+    inner = model.model_json_schema().get("$defs", {}).values()
+    return frozenset(name for schema in inner for name in schema.get("properties", ()))
 
 
 def _named_first(message: str, model: type[BaseModel]) -> str | None:

@@ -49,8 +49,20 @@ def test_an_example_works_as_it_stands(service: RunningService, language: str, c
     assert "broken off" not in done.stdout
 
 
-def test_every_route_has_its_examples(service: RunningService) -> None:
-    text = (ROOT / "docs" / "api.md").read_text()
+def test_every_route_has_its_examples_in_both_languages(service: RunningService) -> None:
+    """By the address in curl and in Python, or by what a client's method stands for."""
+    codes: dict[str, str] = {"bash": "", "python": ""}
+    for example in EXAMPLES:
+        language, code = example.values
+        codes[language] += code
+    by_method = {
+        "/stop/<request_id>": "client.stop(",
+        "/v1/chat/completions": "client.chat.completions.create(",
+        "/v1/completions": "client.completions.create(",
+        "/v1/models/<path:name>": "/v1/models/{models[0]['id']}",
+    }
     for rule in service.app.url_map.iter_rules():
         path = rule.rule.replace("<request_id>", "my-1").replace("<path:name>", "SmolLM2")
-        assert f"localhost:8800{path}" in text, path
+        assert f"localhost:8800{path}" in codes["bash"], path
+        wanted = by_method.get(rule.rule, f'localhost:8800{path}"')
+        assert wanted in codes["python"], path

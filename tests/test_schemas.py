@@ -86,6 +86,16 @@ def test_the_history_of_messages_includes_the_reply_and_joins_a_continued_turn()
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role", "'user'"),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "Field required"),
         ({"messages": [{"role": "user", "content": "a", "x": 1}]}, "messages.0.x", "unknown"),
+        (
+            {"messages": [{"role": "user", "contnt": "a"}]},
+            "messages.0",
+            "",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "rolle": "x"}]},
+            "messages.0.rolle",
+            "did you mean role?",
+        ),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.conte", ""),
     ],
 )

@@ -54,6 +54,7 @@ class Checkpoint:
     vocab_size: int
     defaults: SamplingParams
     layout: str = "a loaded model"
+    parameters: int = 0  # how many numbers it was made of, before any was packed
 
     def describe(self) -> str:
         """What it is and where its parts came from, for a person."""
@@ -61,7 +62,7 @@ class Checkpoint:
         own_template = "the checkpoint's own" if self.tokenizer.chat_template else "none"
         return (
             f"{self.name}: {self.layout}, {type(self.model).__name__}, "
-            f"{self.model.num_parameters() / 1e6:,.0f} M parameters in "
+            f"{self.parameters / 1e6:,.0f} M parameters in "
             f"{str(self.model.dtype).removeprefix('torch.')} on {self.model.device}, a context of "
             f"{self.context_length} tokens, ends with {ends}, chat template: "
             f"{'built in, as Meta has it' if self.layout == META else own_template}"
@@ -81,6 +82,7 @@ class Checkpoint:
             or UNKNOWN_CONTEXT_LENGTH,
             vocab_size=text_config.vocab_size,
             defaults=_defaults(model.generation_config),
+            parameters=model.num_parameters(),
         )
 
     def new_sequence(
@@ -179,12 +181,13 @@ def load_checkpoint(
         raise CheckpointError(
             f"{source} lacks {len(missing)} of its weights ({missing[0]}, ...); download it again"
         )
+    parameters = model.num_parameters()
     _make_lean_and_keep(model, quantize, found)
     made = Checkpoint.of(model, tokenizer, name or found.name)
     model.generation_config.stop_strings = None  # they are in the defaults now
     if found.layout == META:
         made = replace(made, chat=MetaChatFormat(tokenizer))
-    return replace(made, layout=found.layout)
+    return replace(made, layout=found.layout, parameters=parameters)
 
 
 def _refuse_if_too_large(directory: Path, device: str | None) -> None:

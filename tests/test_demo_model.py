@@ -26,6 +26,7 @@ SMALL = PypiFile(
 def test_the_demo_model_is_what_it_says(demo: Checkpoint) -> None:
     assert demo.name == DEMO_NAME
     assert demo.context_length == 8192
+    assert "the demo model, LlamaForCausalLM, 135 M parameters" in demo.describe()
     assert demo.tokenizer.decode(sorted(demo.end_ids)) == "<|im_end|>"
     messages = [{"role": "user", "content": "Complete the sentence: The capital of France is"}]
     reply = stream_generate(demo.model, demo.tokenizer, messages, temperature=0, max_new_tokens=20)

@@ -200,7 +200,7 @@ def _refuse_if_too_large(directory: Path, device: str | None) -> None:
     if weights > free:
         raise CheckpointError(
             f"the weights in {directory} take {weights / 1e9:.1f} GB, but {free / 1e9:.1f} GB are "
-            "free; use --quantize int4 on a machine with more memory, or a smaller model"
+            "free; use a machine with more memory, or a smaller model"
         )
 
 

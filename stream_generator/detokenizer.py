@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 REPLACEMENT = "\ufffd"
 
 # A UTF-8 character has at most four bytes, so an incomplete one shows as at most three
@@ -15,15 +17,8 @@ GIVE_UP_AT = 64  # ids after which a rewritten run of bytes is delivered as it s
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
-
-def _byte_of() -> dict[str, int]:
-    """What byte a character stands for in byte-level vocabularies (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-BYTE_OF = _byte_of()
+# What byte a character stands for in byte-level vocabularies.
+BYTE_OF = {char: byte for byte, char in bytes_to_unicode().items()}
 
 
 class Detokenizer:

@@ -76,7 +76,7 @@ class Engine:
         self._streams: dict[str, TokenStream] = {}  # waiting and running, by request id
         self._scheduler = Scheduler()
         self._clears: list[Future[None]] = []  # those who wait for `clear`
-        self._closing = self._serving = False
+        self._closing = False
         self._drained_by: float | None = None  # when the last streams must have ended
         self._step_began: float | None = None
         self._longest_step = 0.0  # seconds
@@ -207,7 +207,6 @@ class Engine:
 
     def run(self) -> None:
         """Serve until it is stopped or drained, or fails itself; whoever is left is told why."""
-        self._serving = True
         reason: StreamGeneratorError = EngineClosed(SHUTTING_DOWN)
         try:
             while self._wait_for_work():
@@ -221,13 +220,11 @@ class Engine:
             reason = GenerationFailed("the engine failed; the service must be restarted")
             self.failed = True
         finally:
-            self._serving = False
             self._fail_all(reason)
 
     def start(self) -> Self:
         """Run on a thread of its own."""
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
-        self._serving = True
         self._thread.start()
         return self
 
@@ -242,7 +239,7 @@ class Engine:
     @property
     def accepting(self) -> bool:
         """Whether requests that are submitted now will be served."""
-        return self.healthy and self._serving and self._drained_by is None
+        return self.healthy and self._drained_by is None
 
     @property
     def running(self) -> int:

@@ -69,6 +69,11 @@ class PackedWeight:
             torch.cat(zeros) if zeros else None,
         )
 
+    def to(self, device: torch.device) -> "PackedWeight":
+        """The same on a device."""
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return PackedWeight(self.bits, self.values.to(device), self.scales.to(device), zeros)
+
     def dense(self) -> torch.Tensor:
         """float32 [out, in]"""
         groups = self.values.float().unflatten(1, (-1, GROUP)) * self.scales.float()[..., None]
@@ -165,7 +170,7 @@ class Packing:
             return dense
         bias = joined_bias(linears)
         if all(name in self.saved for name in named):
-            weight = PackedWeight.joined([self.saved[name] for name in named])
+            weight = PackedWeight.joined([self.saved[name] for name in named]).to(first.device)
         else:
             bits = max(self.bits, least_bits)
             made = {name: PackedWeight.of(x.weight, bits) for name, x in named.items()}

@@ -123,9 +123,7 @@ def _chunks(
             index, output = piece
             is_first = index not in begun
             begun.add(index)
-            if is_first or output.delta or output.choice or output.finish_reason:
-                choice = kind.piece(index, output, is_first)
-                yield _data({**head, "choices": [choice]})
+            yield _data({**head, "choices": [kind.piece(index, output, is_first)]})
     except StreamGeneratorError as error:
         yield _data(answer(error, request_id)[0])
         return
@@ -144,9 +142,16 @@ def _usage(streams: list[TokenStream], n: int) -> dict[str, Any]:
     return {**usage(sequences, n), "prompt_tokens_details": {"cached_tokens": cached}}
 
 
-def _reason(reason: FinishReason | None) -> str | None:
-    """OpenAI knows no word for a reply that was ended by `/stop`."""
-    return "stop" if reason is FinishReason.ABORT else reason
+def _choice(
+    index: int,
+    body: dict[str, Any],
+    logprobs: dict[str, Any] | None,
+    reason: FinishReason | None,
+) -> dict[str, Any]:
+    """What both routes' choices have around their body."""
+    # OpenAI knows no word for a reply that was ended by `/stop`.
+    word = FinishReason.STOP if reason is FinishReason.ABORT else reason
+    return {"index": index, **body, "logprobs": logprobs, "finish_reason": word}
 
 
 class Chat:
@@ -163,20 +168,13 @@ class Chat:
         delta = {"role": "assistant"} if is_first else {}
         if output.delta or is_first:
             delta["content"] = output.delta
-        return {
-            "index": index,
-            "delta": delta,
-            "logprobs": self._logprobs([output]),
-            "finish_reason": _reason(output.finish_reason),
-        }
+        logprobs = self._logprobs([output])
+        return _choice(index, {"delta": delta}, logprobs, output.finish_reason)
 
     def whole(self, index: int, sequence: Sequence, outputs: list[TokenOutput]) -> dict[str, Any]:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": sequence.text, "refusal": None},
-            "logprobs": self._logprobs(outputs),
-            "finish_reason": _reason(sequence.finish_reason),
-        }
+        message = {"role": "assistant", "content": sequence.text, "refusal": None}
+        logprobs = self._logprobs(outputs)
+        return _choice(index, {"message": message}, logprobs, sequence.finish_reason)
 
     def _logprobs(self, outputs: list[TokenOutput]) -> dict[str, Any] | None:
         content = [
@@ -184,7 +182,7 @@ class Chat:
                 **self._token(choice.token_id, choice.logprob),
                 "top_logprobs": [self._token(i, p) for i, p in choice.alternatives],
             }
-            for choice in _choices(outputs)
+            for choice in _with_logprobs(outputs)
         ]
         return {"content": content, "refusal": None} if content else None
 
@@ -206,27 +204,19 @@ class Text:
         self._offsets: dict[int, int] = {}  # characters so far, by choice
 
     def piece(self, index: int, output: TokenOutput, is_first: bool) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": output.delta,
-            "logprobs": self._logprobs(index, [output]),
-            "finish_reason": _reason(output.finish_reason),
-        }
+        logprobs = self._logprobs(index, [output])
+        return _choice(index, {"text": output.delta}, logprobs, output.finish_reason)
 
     def whole(self, index: int, sequence: Sequence, outputs: list[TokenOutput]) -> dict[str, Any]:
-        return {
-            "index": index,
-            "text": sequence.text,
-            "logprobs": self._logprobs(index, outputs),
-            "finish_reason": _reason(sequence.finish_reason),
-        }
+        logprobs = self._logprobs(index, outputs)
+        return _choice(index, {"text": sequence.text}, logprobs, sequence.finish_reason)
 
     def _logprobs(self, index: int, outputs: list[TokenOutput]) -> dict[str, Any] | None:
         made: dict[str, list[Any]] = {
             "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []
         }  # fmt: skip
         for output in outputs:
-            for choice in _choices([output]):
+            for choice in _with_logprobs([output]):
                 made["tokens"].append(self._text(choice.token_id))
                 made["token_logprobs"].append(_rounded(choice.logprob))
                 top = {self._text(i): _rounded(p) for i, p in reversed(choice.alternatives)}
@@ -239,7 +229,7 @@ class Text:
         return self._checkpoint.token_bytes(token_id).decode(errors="replace")
 
 
-def _choices(outputs: list[TokenOutput]) -> list[Choice]:
+def _with_logprobs(outputs: list[TokenOutput]) -> list[Choice]:
     """Those whose log-probability was asked for."""
     return [o.choice for o in outputs if o.choice is not None and o.choice.logprob is not None]
 

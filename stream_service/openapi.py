@@ -9,6 +9,7 @@ from pydantic.json_schema import models_json_schema
 from werkzeug.routing import Rule
 
 from stream_service.guard import OPEN_PATHS
+from stream_service.schemas import kinds_of
 
 View = TypeVar("View", bound=Callable[..., Any])
 
@@ -158,9 +159,8 @@ BOUNDS = {
 
 def _kind(schema: dict[str, Any]) -> str:
     """A field's type and bounds, in a few words."""
-    kinds = [s for s in schema.get("anyOf", [schema]) if s.get("type") != "null"]
     words = []
-    for kind in kinds:
+    for kind in kinds_of(schema):
         name = kind.get("type") or kind.get("$ref", "").split("/")[-1]
         bounds = [f"{sign} {kind[key]}" for key, sign in BOUNDS.items() if key in kind]
         words.append(" ".join([name, ", ".join(bounds)]).strip())

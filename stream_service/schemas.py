@@ -44,7 +44,17 @@ class Turn(BaseModel):
 Pair = Annotated[tuple[Text, Text], Field(strict=False)]
 
 
-class StreamRequest(SamplingParams):
+class SampledRequest(SamplingParams):
+    """Sampling parameters in a body, with OpenAI's name for their length."""
+
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="as max_new_tokens")
+
+    def sampling(self) -> SamplingParams:
+        """The sampling parameters alone."""
+        return _sampling(self, {"max_tokens": self.max_tokens})
+
+
+class StreamRequest(SampledRequest):
     """The body of `/stream` and `/chat`: a conversation, and how to sample the reply."""
 
     query: str | None = Field(
@@ -64,7 +74,6 @@ class StreamRequest(SamplingParams):
         fail_fast=True,
         description="the whole conversation, in place of query, history and prompt",
     )
-    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="as max_new_tokens")
     truncate: bool = Field(
         True, description="whether the oldest turns may be left out of a conversation too long"
     )
@@ -106,10 +115,6 @@ class StreamRequest(SamplingParams):
             response = messages.pop()["content"] + response
         return [*messages, {"role": "assistant", "content": response}]
 
-    def sampling(self) -> SamplingParams:
-        """The sampling parameters alone."""
-        return _sampling(self, {"max_tokens": self.max_tokens})
-
 
 class StreamOptions(BaseModel):
     """OpenAI's `stream_options`."""
@@ -120,7 +125,7 @@ class StreamOptions(BaseModel):
     include_obfuscation: Literal[False] = Field(False, description="this service adds no padding")
 
 
-class OpenAIRequest(SamplingParams):
+class OpenAIRequest(SampledRequest):
     """What OpenAI's two routes have in common; transformers' sampling parameters come on top."""
 
     null_is_absent: ClassVar = True  # so it is in OpenAI's protocol, and its clients rely on it
@@ -129,7 +134,6 @@ class OpenAIRequest(SamplingParams):
     n: int = Field(1, ge=1, le=MAX_REPLIES, description="replies to each prompt")
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="as max_new_tokens")
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
@@ -198,10 +202,6 @@ class CompletionRequest(OpenAIRequest):
             return [self.prompt]
         return list(self.prompt)
 
-    def sampling(self) -> SamplingParams:
-        """The sampling parameters alone."""
-        return _sampling(self, {"max_tokens": self.max_tokens})
-
 
 def _sampling(
     body: SamplingParams, limits: dict[str, int | None], **changes: Any
@@ -228,6 +228,10 @@ def sampling_bounds() -> dict[str, dict[str, Any]]:
     """Each sampling parameter's type and bounds, as JSON schema, for `GET /`."""
     bounds = {}
     for name, schema in SamplingParams.model_json_schema()["properties"].items():
-        kinds = [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]
-        bounds[name] = kinds[0]
+        bounds[name] = kinds_of(schema)[0]
     return bounds
+
+
+def kinds_of(schema: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a field may be, without null."""
+    return [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]

@@ -9,7 +9,7 @@ from fakes import Gate, engine_of, fake_checkpoint, says
 from stream_generator.engine import Engine
 from stream_generator.errors import DuplicateRequest, EngineClosed, QueueFull
 from stream_generator.sampling_params import SamplingParams
-from stream_service.dispatch import MOST_RETRY_SECONDS, Admission, Dispatcher
+from stream_service.dispatch import MOST_RETRY_SECONDS, Dispatcher
 
 PROMPT = list(b"assistant:")
 
@@ -79,17 +79,12 @@ def test_nothing_is_taken_in_once_the_engine_drains(engine: Engine) -> None:
 def test_a_stop_that_comes_before_the_prompt_is_ready_ends_it_all_the_same() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=1)
     dispatcher = Dispatcher(engine)
-    admission = dispatcher_admits(dispatcher, engine)
+    admission = dispatcher.admit("early", None)
     assert dispatcher.stop("early") is admission
     (stream,) = admission.submit([PROMPT], SamplingParams())
     engine.step()
     assert stream.sequence.finish_reason == "abort"
     assert stream.sequence.output_ids == []
-
-
-def dispatcher_admits(dispatcher: Dispatcher, engine: Engine) -> Admission:
-    engine._serving = True  # the test steps it itself
-    return dispatcher.admit("early", None)
 
 
 def test_when_to_try_again_follows_from_how_long_requests_take() -> None:

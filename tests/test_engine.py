@@ -5,6 +5,7 @@ import copy
 import random
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -675,20 +676,9 @@ def test_racing_submits_exceed_neither_bound() -> None:
             waiting = list(engine._scheduler.waiting)
             assert sum(len(s.prompt_ids) for s in waiting) <= engine.max_waiting_tokens
 
-    failures: list[BaseException] = []
-
-    def guarded() -> None:
-        try:
-            submit_some()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(16) as pool:
+        for racing in [pool.submit(submit_some) for _ in range(16)]:
+            racing.result()  # raises what was raised there
     assert len(refused) + engine.waiting == 10_000
 
 

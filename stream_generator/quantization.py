@@ -3,6 +3,7 @@
 A step for a few rows spends its time reading weights, so fewer bytes mean more tokens a second.
 """
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,11 @@ from stream_generator.linear import Linear, PlainLinear, joined_bias, laid_out
 
 GROUP = 32  # consecutive inputs that share a scale, as in GGUF's blocks
 MIDDLE = 8  # the kernels take a value as (value - 8) * scale + zero
+
+# From so many rows on, unpacking once beats a packed product, which grows with the rows.
+MANY_ROWS = 96
+BLOCK = 64  # outputs that the CPU's kernel keeps together
+SLICE_BYTES = 8_000_000  # of unpacked weights at a time: they stay in the processor's cache
 
 # The most of the free memory that dense weights beside packed ones may take. A GPU's is there for
 # the model, and its kernel for packed weights takes ten times as long for a prompt.
@@ -99,28 +105,82 @@ class PackedLinear(PlainLinear):
         values, scales, zeros = weight.values, weight.scales, weight.zeros
         if zeros is None:
             zeros = torch.zeros_like(scales)
-        self._twice = weight.bits == 8
-        if self._twice:
+        self.twice = weight.bits == 8
+        if self.twice:
             high, low = values >> 4, values & 15
             values = torch.cat((high, low - MIDDLE), dim=1)
             zeros = torch.cat((torch.zeros_like(zeros), zeros + MIDDLE * scales), dim=1)
             scales = torch.cat((16 * scales, scales), dim=1)
-        self._scales_and_zeros = torch.stack((scales.T, zeros.T), dim=2).to(dtype).contiguous()
-        self._bias = bias
+        self.scales_and_zeros = torch.stack((scales.T, zeros.T), dim=2).to(dtype).contiguous()
+        self.bias = bias
         raw = values + MIDDLE  # 0 to 15
         if raw.device.type == "cpu":
             self._product = torch.ops.aten._weight_int4pack_mm_for_cpu
-            self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(raw.int(), 1)
+            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(raw.int(), 1)
         else:
             self._product = torch.ops.aten._weight_int4pack_mm
             pairs = (raw[:, ::2] << 4 | raw[:, 1::2]).view(torch.uint8).contiguous()
-            self._weight = torch.ops.aten._convert_weight_to_int4pack(pairs, 2)
+            self.weight = torch.ops.aten._convert_weight_to_int4pack(pairs, 2)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self._twice:
+        if self.twice:
             x = torch.cat((x, x), dim=1)
-        y: torch.Tensor = self._product(x, self._weight, GROUP, self._scales_and_zeros)
-        return y if self._bias is None else y.add_(self._bias)
+        y: torch.Tensor = self._product(x, self.weight, GROUP, self.scales_and_zeros)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class UnpackedLinear(PlainLinear):
+    """The product of a `PackedLinear` for many rows: its weights are made dense, slice by slice.
+
+    For a model whose dense weights do not fit beside the packed ones.
+    """
+
+    def __init__(self, packed: PackedLinear):
+        """packed: on a CPU, with a multiple of 64 outputs, where `layout_is_known`."""
+        self._packed = packed
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        packed = self._packed
+        if packed.twice:
+            x = torch.cat((x, x), dim=1)
+        inputs, outputs = x.shape[1], packed.scales_and_zeros.shape[1]
+        step = max(SLICE_BYTES // x.element_size() // inputs // BLOCK, 1) * BLOCK
+        y = x.new_empty(len(x), outputs)
+        for first in range(0, outputs, step):
+            part = slice(first, first + step)
+            weight = self._dense(packed.weight[part], packed.scales_and_zeros[:, part])
+            torch.mm(x, weight, out=y[:, part])
+        return y if packed.bias is None else y.add_(packed.bias)
+
+    @staticmethod
+    def _dense(weight: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
+        """[in, outputs of the slice]"""
+        scales, zeros = scales_and_zeros[:, None].unbind(dim=3)
+        values = _values(weight, scales.dtype).unflatten(0, (-1, GROUP))
+        # PyTorch adds and multiplies along a row only if scales and zeros lie close together, too.
+        zeros = (zeros - MIDDLE * scales).contiguous()
+        return torch.addcmul(zeros, values, scales.contiguous(), out=values).flatten(0, 1)
+
+
+def _values(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the CPU's kernel has packed, 0 to 15: [in, out].
+
+    In each byte an output of the first half of a block, and above it one of the second.
+    """
+    blocks = weight.view(-1, weight.shape[1] * 2, BLOCK // 2)
+    values = torch.empty(blocks.shape[1], len(blocks), BLOCK, dtype=dtype)
+    by_block = values.transpose(0, 1)
+    by_block[:, :, : BLOCK // 2] = blocks & 15
+    by_block[:, :, BLOCK // 2 :] = blocks >> 4
+    return values.flatten(1)
+
+
+@functools.cache
+def layout_is_known() -> bool:
+    """Whether the kernel packs as `_values` reads: that differs with the CPU's instructions."""
+    raw = torch.randint(16, (2 * BLOCK, GROUP), generator=torch.Generator().manual_seed(0)).int()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(raw, 1)
+    return torch.equal(_values(packed, torch.int32).T, raw)
 
 
 class ByRows:
@@ -176,12 +236,15 @@ class Packing:
             made = {name: PackedWeight.of(x.weight, bits) for name, x in named.items()}
             self.made.update(made)
             weight = PackedWeight.joined(list(made.values()))
-        if self.keep_dense and self.bits:
+        few = PackedLinear(weight, bias, first.dtype)
+        if not self.keep_dense:
+            whole_blocks = first.device.type == "cpu" and len(weight.values) % BLOCK == 0
+            known = whole_blocks and layout_is_known()
+            return ByRows(few, UnpackedLinear(few), MANY_ROWS - 1) if known else few
+        if self.bits:
             # What few rows and many are multiplied with must be the same.
             dense = laid_out(weight.dense().to(first.dtype), bias)
-        few = PackedLinear(weight, bias, first.dtype)
-        few_rows = PackedWeight.FEW_ROWS[weight.bits]
-        return ByRows(few, dense, few_rows) if self.keep_dense else few
+        return ByRows(few, dense, PackedWeight.FEW_ROWS[weight.bits])
 
 
 def save_packed(weights: Mapping[str, PackedWeight], path: Path) -> None:

@@ -7,12 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stream_generator import quantization
 from stream_generator.linear import DenseLinear, Linear, ReorderedLinear, laid_out
 from stream_generator.quantization import (
+    MANY_ROWS,
     ByRows,
     PackedLinear,
     PackedWeight,
     Packing,
+    UnpackedLinear,
+    layout_is_known,
     load_packed,
     save_packed,
 )
@@ -110,6 +114,39 @@ def test_few_rows_and_many_are_multiplied_with_the_same_weights(bits: int) -> No
     one_by_one = torch.cat([product(row[None]) for row in x])
     assert close(product(x), one_by_one)
     assert not close(product(x), dense(x)), "they are not the ones that were packed"
+
+
+@BITS
+@pytest.mark.parametrize("outputs", [64, 320])
+@pytest.mark.parametrize("slice_bytes", [1, 100_000])
+def test_unpacked_slice_by_slice_many_rows_meet_the_same_weights(
+    bits: int, outputs: int, slice_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert layout_is_known(), "this processor's kernel packs in an order of its own"
+    monkeypatch.setattr(quantization, "SLICE_BYTES", slice_bytes)
+    packed = PackedLinear(PackedWeight.of(random(outputs, 96), bits), random(outputs))
+    x = random(40, 96).bfloat16()
+    ours, theirs = UnpackedLinear(packed)(x).float(), packed(x).float()
+    assert float((ours - theirs).std() / theirs.std()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("outputs", "known", "unpacks"), [(64, True, True), (48, True, False), (64, False, False)]
+)
+def test_without_dense_weights_many_rows_are_unpacked_where_that_is_possible(
+    outputs: int, known: bool, unpacks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantization, "layout_is_known", lambda: known)
+    seen: list[int] = []
+    whole = UnpackedLinear.__call__
+    monkeypatch.setattr(
+        UnpackedLinear, "__call__", lambda self, x: seen.append(len(x)) or whole(self, x)
+    )
+    linear = torch.nn.Linear(64, outputs)
+    product = Packing(4).pack(named(linear), DenseLinear(linear.weight.detach()))
+    x = random(MANY_ROWS, 64)
+    assert close(product(x)[:1], product(x[:1]))
+    assert seen == ([MANY_ROWS] if unpacks else [])
 
 
 def test_few_rows_are_packed_and_many_dense() -> None:

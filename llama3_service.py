@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
             name=args.served_model_name,
             dtype=args.dtype,
             device=args.device,
+            device_map=args.device_map,
+            allow_pickle=args.allow_pickle,
         )
         runner = runner_for(
             checkpoint.model,

@@ -73,7 +73,7 @@ def build(shape: str | None, mode: str) -> PreTrainedModel:
     if shape is None:
         from transformers import AutoModelForCausalLM
 
-        from stream_generator.demo_model import demo_model_directory
+        from stream_generator.loading.demo_model import demo_model_directory
 
         return AutoModelForCausalLM.from_pretrained(demo_model_directory(), dtype=torch.bfloat16)
     with torch.device(DEVICE):

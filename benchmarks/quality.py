@@ -24,10 +24,10 @@ from serve import Service
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from stream_generator.checkpoint import Checkpoint, load_checkpoint, make_lean
-from stream_generator.demo_model import DEMO_GGUF, demo_model_directory
 from stream_generator.kv_cache import SlotRows, masks
+from stream_generator.loading.demo_model import DEMO_GGUF, demo_model_directory
+from stream_generator.loading.pypi_file import bring
 from stream_generator.model_runner import ModelRunner, runner_for
-from stream_generator.pypi_file import bring
 
 CHUNK = 512
 TOP = 100

@@ -101,7 +101,7 @@ class Service:
         """options: of our own command."""
         self.system, self._options = system, options
         self.url = f"http://127.0.0.1:{PORT}"
-        from stream_generator.demo_model import demo_model_directory
+        from stream_generator.loading.demo_model import demo_model_directory
 
         self._model = str(demo_model_directory())
 

@@ -1,19 +1,32 @@
 """Messages to prompt ids: the checkpoint's own chat template, and no way to forge a turn."""
 
 import bisect
+import contextlib
 import functools
 import math
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, TypedDict
 
-from jinja2 import TemplateError
-
-from stream_generator.errors import InvalidRequest
+from stream_generator.errors import CheckpointError, InvalidRequest
 
 # Private-use characters: no script needs them, and templates pass them through untouched.
 _PRIVATE_USE = range(0xE000, 0xF8FF)
+
+
+# Of the few lines that make a prompt of a few words, Llama 3.1's template runs some hundreds.
+MOST_LINES, MOST_CHARACTERS = 1_000_000, 1_000_000
+ENDLESS = (
+    "the checkpoint's chat template does not come to an end; take it from the model's own page, or "
+    "remove it (chat_template.jinja, or chat_template in tokenizer_config.json)"
+)
+
+
+class _TooLong(BaseException):
+    """Not an `Exception`, which a template's are taken for."""
 
 
 class Message(TypedDict):
@@ -97,6 +110,20 @@ class ChatFormat:
             return ids
         return self._encode_guarded(messages)
 
+    def check_template(self) -> None:
+        """Try the template on a few conversations, before anybody's request waits for it.
+
+        Raises `CheckpointError` where it goes on without end, or makes a book of a few words. One
+        that refuses them (some take no system message) may still take others.
+        """
+        turns: list[Message] = [
+            {"role": role, "content": "Hello."} for role in ("system", "user", "assistant", "user")
+        ]
+        for messages in ([turns[1]], turns[:2], turns[1:3], turns):
+            with contextlib.suppress(InvalidRequest), _at_most(MOST_LINES):
+                if len(self._apply_template(messages, tokenize=False)) > MOST_CHARACTERS:
+                    raise CheckpointError(ENDLESS)
+
     def _pattern_for(self, message: Message) -> re.Pattern[str] | None:
         """What must not be read in a message. A reply's own <think> is its template's business."""
         assistant = message["role"] == "assistant"
@@ -149,7 +176,7 @@ class ChatFormat:
                 continue_final_message=continues,
                 return_dict=False,
             )
-        except (TemplateError, ValueError, TypeError, ArithmeticError) as error:
+        except Exception as error:  # whatever the checkpoint's own program raises
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
@@ -161,6 +188,9 @@ class MetaChatFormat(ChatFormat):
     Each piece of text is encoded by itself, and as plain text. Source: Meta's llama-models,
     llama3/chat_format.py.
     """
+
+    def check_template(self) -> None:
+        """There is none."""
 
     def encode(self, messages: list[Message]) -> list[int]:
         ids: list[int] = [self._tokenizer.bos_token_id]
@@ -178,6 +208,27 @@ class MetaChatFormat(ChatFormat):
     def _id(self, token: str) -> int:
         found: int = self._tokenizer.convert_tokens_to_ids(token)
         return found
+
+
+@contextlib.contextmanager
+def _at_most(lines: int) -> Iterator[None]:
+    """Let so many lines of Python run, which is what templates are compiled to."""
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal lines
+        lines -= event == "line"
+        if lines < 0:
+            raise _TooLong
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    except _TooLong:
+        raise CheckpointError(ENDLESS) from None
+    finally:
+        sys.settrace(before)
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:

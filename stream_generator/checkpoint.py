@@ -6,22 +6,22 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Self
 
-import psutil
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from stream_generator.chat import ChatFormat, MetaChatFormat
 from stream_generator.detokenizer import Detokenizer, token_bytes
 from stream_generator.errors import CheckpointError, InvalidRequest, PromptTooLong
 from stream_generator.fused import fuse
-from stream_generator.gguf_checkpoint import PACKED_FILE
-from stream_generator.layout import ACCEPTED, HUB, META, Located, locate, refuse_unsafe
-from stream_generator.packed_cache import PackedCache
+from stream_generator.loading.gguf_checkpoint import PACKED_FILE
+from stream_generator.loading.layout import ACCEPTED, META, Located, locate, weights_in
+from stream_generator.loading.packed_cache import PackedCache
+from stream_generator.loading.untrusted import refuse_pickle, refuse_unsafe
+from stream_generator.memory import free_memory, refuse_if_too_large
 from stream_generator.quantization import DENSE_SHARE, PackedWeight, Packing, load_packed
 from stream_generator.sampler import generator_for
 from stream_generator.sampling_params import SamplingParams
@@ -145,35 +145,53 @@ def load_checkpoint(
     name: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    device_map: str | Mapping[str, str | int] | None = None,
+    allow_pickle: bool = False,
 ) -> Checkpoint:
     """Load a model from whatever people have of it; see `locate`. None: the demo model.
 
     quantize: "none", "int8", "int4", or "auto" for weights packed as the checkpoint has them.
     name: what it is called in answers. dtype: "bfloat16", "float16", "float32", or "auto" for
     bfloat16 where the device is fast at it, else float32. device: one to put it on; by default it
-    is spread over all GPUs there are, else on the CPU.
+    is spread over all GPUs there are, else on the CPU. device_map: which part goes where, as
+    transformers takes it: "auto", "balanced", "sequential", or devices by the names of modules.
+    allow_pickle: read pickled weights where there are no others.
 
-    Weights come from safetensors, GGUF or Meta's own files, and no code of the checkpoint is run.
+    Weights come from safetensors, GGUF or Meta's own files; of a pickle only plain tensors are
+    read, and no code of the checkpoint is run.
     Raises `CheckpointError`, whose message says what to do.
     """
-    found = locate(source)
-    if found.layout != HUB:
-        refuse_unsafe(Path(found.path))
-        _refuse_if_too_large(Path(found.path), device)
+    found = locate(source, allow_pickle=allow_pickle)
+    directory = found.directory
+    refuse_unsafe(directory)
+    if not allow_pickle:
+        refuse_pickle(directory)
+    if device is None and device_map is None and torch.cuda.is_available():
+        device_map = "auto"
+    weights = sum(file.stat().st_size for file in weights_in(directory))
+    free = _free_for_weights(device, spread=device_map is not None)
+    refuse_if_too_large(directory, weights, free)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            found.path, revision=found.revision, trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+        chat = MetaChatFormat(tokenizer) if found.layout == META else ChatFormat(tokenizer)
+        chat.check_template()
         model, report = AutoModelForCausalLM.from_pretrained(
-            found.path,
-            revision=found.revision,
+            directory,
             dtype=preferred_dtype(device) if dtype == "auto" else getattr(torch, dtype),
-            device_map=device or ("auto" if torch.cuda.is_available() else None),
-            use_safetensors=True,
+            device_map=device_map or device,
+            use_safetensors=None if allow_pickle else True,
+            weights_only=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except CheckpointError:
+        raise
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"the pickled weights of {directory} hold more than plain tensors, and are not read; "
+            "use a version in safetensors"
+        ) from error
+    except Exception as error:  # whatever a foreign checkpoint makes transformers raise
         raise CheckpointError(
             f"could not load {source or 'the demo model'}: {_first_line(error)}; --ckpts takes "
             f"{ACCEPTED}"
@@ -188,32 +206,24 @@ def load_checkpoint(
     _return_freed_memory()
     made = Checkpoint.of(model, tokenizer, name or found.name)
     model.generation_config.stop_strings = None  # they are in the defaults now
-    if found.layout == META:
-        made = replace(made, chat=MetaChatFormat(tokenizer))
-    return replace(made, layout=found.layout, parameters=parameters)
+    return replace(made, chat=chat, layout=found.layout, parameters=parameters)
 
 
-def _refuse_if_too_large(directory: Path, device: str | None) -> None:
-    weights = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    if device is None and torch.cuda.is_available():
-        free = sum(free_memory(torch.device("cuda", n)) for n in range(torch.cuda.device_count()))
-        free += free_memory(torch.device("cpu"))  # what does not fit is kept there
-    else:
-        free = free_memory(torch.device(device or "cpu"))
-    if weights > free:
-        raise CheckpointError(
-            f"the weights in {directory} take {weights / 1e9:.1f} GB, but {free / 1e9:.1f} GB are "
-            "free; use a machine with more memory, or a smaller model"
-        )
+def _free_for_weights(device: str | None, *, spread: bool) -> int:
+    """spread: over all GPUs, and the CPU for what they do not hold."""
+    free = free_memory(torch.device("cpu" if spread else device or "cpu"))
+    if spread and torch.cuda.is_available():
+        free += sum(free_memory(torch.device("cuda", n)) for n in range(torch.cuda.device_count()))
+    return free
 
 
 def _make_lean_and_keep(model: PreTrainedModel, quantize: str, found: Located) -> None:
     """`make_lean`, with what is packed already or was kept by an earlier start."""
-    own = Path(found.path) / PACKED_FILE
+    own = found.directory / PACKED_FILE
     if own.is_file() and quantize != "none":
         make_lean(model, quantize, load_packed(own))
     elif quantize in BITS:
-        kept = PackedCache(found.directory(), BITS[quantize])
+        kept = PackedCache(found.directory, BITS[quantize])
         if made := make_lean(model, quantize, kept.load()):
             kept.save(made)
     else:
@@ -247,14 +257,6 @@ def _return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device now."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    return int(psutil.virtual_memory().available)
 
 
 def preferred_dtype(device: str | None = None) -> torch.dtype:

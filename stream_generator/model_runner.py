@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from stream_generator.checkpoint import free_memory
 from stream_generator.errors import CheckpointError
 from stream_generator.fused import FusedDecoder, NotFusible
 from stream_generator.generate import stream_ids
 from stream_generator.kv_cache import SlotCache, SlotRows, bytes_per_token, masks
+from stream_generator.memory import free_memory
 from stream_generator.sampler import Sampled, sample
 from stream_generator.sequence import Choice, Sequence
 

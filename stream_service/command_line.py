@@ -1,10 +1,13 @@
 """The flags of the command, grouped by what they are for, and checked."""
 
 import argparse
+import json
 import os
 from pathlib import Path
 
 from stream_service.settings import LOOPBACK_NAMES, MAX_BODY_BYTES, Settings
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +36,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--device",
         metavar="DEVICE",
         help="cpu, cuda or cuda:1 (all GPUs there are, else the CPU)",
+    )
+    model.add_argument(
+        "--device-map",
+        type=_device_map,
+        metavar="MAP",
+        help="how a large model is spread over GPUs and the CPU: auto, balanced, sequential, or a "
+        "JSON file with a device for each module",
+    )
+    model.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read pickled weights where there are no others, as plain tensors",
     )
     model.add_argument(
         "--quantize",
@@ -116,6 +131,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--log-json", action="store_true", help="write each line of the log as JSON"
     )
     args = parser.parse_args(arguments)
+    if args.device and args.device_map:
+        parser.error("--device and --device-map exclude each other; give one")
     args.is_loopback = args.host in ("localhost", "::1") or args.host.startswith("127.")
     try:
         args.settings = _settings(args)
@@ -153,6 +170,24 @@ def _port(text: str) -> int:
     if not 0 <= value <= 65535:
         raise argparse.ArgumentTypeError(f"{text} is not a port; use 0 to 65535")
     return value
+
+
+def _device_map(text: str) -> str | dict[str, str | int]:
+    if text in DEVICE_MAPS:
+        return text
+    try:
+        devices = json.loads(Path(text).read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text} is none of {', '.join(DEVICE_MAPS)}, and no JSON file ({error})"
+        ) from error
+    if not isinstance(devices, dict) or not all(
+        isinstance(device, (str, int)) for device in devices.values()
+    ):
+        raise argparse.ArgumentTypeError(
+            f'{text} must hold an object such as {{"model": "cuda:0"}}'
+        )
+    return devices
 
 
 def _positive(text: str) -> int:

@@ -14,7 +14,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from stream_generator.checkpoint import Checkpoint, load_checkpoint
 from stream_generator.engine import Engine
-from stream_generator.pypi_file import PypiFile, bring
+from stream_generator.loading.pypi_file import PypiFile, bring
 
 LLAMA3_TOKENIZER = PypiFile(
     package="llama-models",

@@ -43,6 +43,20 @@ def test_which_hosts_are_answered_follows_from_where_it_listens(
     assert parse_arguments(arguments).settings.allowed_hosts == hosts
 
 
+def test_a_device_map_is_a_word_or_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parse_arguments(["--device-map", "balanced"]).device_map == "balanced"
+    file = tmp_path / "map.json"
+    file.write_text('{"model.embed_tokens": "cpu", "model.layers": 0}')
+    devices = {"model.embed_tokens": "cpu", "model.layers": 0}
+    assert parse_arguments(["--device-map", str(file)]).device_map == devices
+    file.write_text('["cpu"]')
+    with pytest.raises(SystemExit):
+        parse_arguments(["--device-map", str(file)])
+    assert "must hold an object" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -53,6 +67,8 @@ def test_which_hosts_are_answered_follows_from_where_it_listens(
         (["--api-key-file", "/no/such/file"], "/no/such/file"),
         (["--api-key", "k", "--cors-origin", "*"], "name them instead of *"),
         (["--quantize", "int3"], "int3"),
+        (["--device-map", "everywhere"], "everywhere is none of auto, balanced"),
+        (["--device-map", "auto", "--device", "cpu"], "exclude each other"),
     ],
 )
 def test_a_wrong_flag_is_one_clear_sentence(

@@ -8,10 +8,10 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, dequantize, quantize
 from transformers import AutoModelForCausalLM
 
-from stream_generator.demo_model import DEMO_GGUF, demo_model_directory
-from stream_generator.gguf_checkpoint import PACKED_FILE
-from stream_generator.gguf_weights import packed_weights
-from stream_generator.pypi_file import bring
+from stream_generator.loading.demo_model import DEMO_GGUF, demo_model_directory
+from stream_generator.loading.gguf_checkpoint import PACKED_FILE
+from stream_generator.loading.gguf_weights import packed_weights
+from stream_generator.loading.pypi_file import bring
 from stream_generator.quantization import load_packed
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16

@@ -9,7 +9,7 @@ from conftest import tiny_llama
 from fakes import byte_tokenizer
 
 from stream_generator.checkpoint import Checkpoint, load_checkpoint
-from stream_generator.packed_cache import PackedCache
+from stream_generator.loading.packed_cache import PackedCache
 from stream_generator.quantization import PackedWeight
 
 WEIGHTS = {"layer": PackedWeight.of(torch.randn(16, 32), 4)}

@@ -30,10 +30,10 @@ from transformers import (
 
 from stream_generator.chat import Message
 from stream_generator.checkpoint import Checkpoint
-from stream_generator.demo_model import demo_model_directory
 from stream_generator.engine import Engine
 from stream_generator.fused import FusedLayer, fuse
 from stream_generator.generate import stream_sequence
+from stream_generator.loading.demo_model import demo_model_directory
 from stream_generator.model_runner import ModelRunner, SoloRunner, runner_for
 from stream_generator.quantization import PackedWeight, Packing
 from stream_generator.sampler import generator_for, history_processors, uniform, warpers

@@ -30,7 +30,7 @@ def imported(path: Path) -> set[str]:
     ],
 )
 def test_the_wall_between_engine_and_http_stands(room: str, forbidden: set[str]) -> None:
-    files = list((ROOT / room).glob("*.py"))
+    files = list((ROOT / room).rglob("*.py"))
     assert files
     for path in files:
         found = {name.partition(".")[0] for name in imported(path)} & forbidden
@@ -38,7 +38,8 @@ def test_the_wall_between_engine_and_http_stands(room: str, forbidden: set[str])
 
 
 def test_imports_go_one_way() -> None:
-    files = {f"{p.parent.name}.{p.stem}": p for p in ROOT.glob("stream_*/*.py")}
+    modules = ROOT.glob("stream_*/**/*.py")
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in modules}
     uses = {name: imported(path) & files.keys() for name, path in files.items()}
     done: set[str] = set()
     while ready := [name for name in uses if name not in done and uses[name] <= done]:
@@ -48,13 +49,13 @@ def test_imports_go_one_way() -> None:
 
 def test_no_private_method_of_transformers_is_called() -> None:
     pattern = re.compile(r"\b(?:model|self\.checkpoint\.model|tokenizer|config)\._\w+")
-    for path in ROOT.glob("stream_*/*.py"):
+    for path in ROOT.glob("stream_*/**/*.py"):
         assert not pattern.findall(path.read_text()), path.name
 
 
 def test_the_picture_of_the_house_names_every_room() -> None:
     picture = (ROOT / "docs" / "architecture.md").read_text()
-    for path in [*ROOT.glob("stream_*/*.py"), *ROOT.glob("*.py")]:
+    for path in [*ROOT.glob("stream_*/**/*.py"), *ROOT.glob("*.py")]:
         if path.name != "__init__.py":
             assert f"`{path.name}`" in picture, path
 

@@ -17,8 +17,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from stream_generator.cache import cache_directory, fingerprint, made_once, state_of
 from stream_generator.errors import CheckpointError
+from stream_generator.loading.cache import cache_directory, fingerprint, made_once, state_of
 
 CONVERSION = 1  # raise it when the conversion changes, so that older results are not used
 PART_BYTES = 2 * 1024**3  # of a file of weights: about what is in memory at a time

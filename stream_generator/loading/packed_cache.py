@@ -8,7 +8,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from stream_generator.cache import cache_directory, fingerprint, state_of
+from stream_generator.loading.cache import cache_directory, fingerprint, state_of
+from stream_generator.loading.layout import weights_in
 from stream_generator.quantization import PackedWeight, load_packed, save_packed
 
 logger = logging.getLogger(__name__)
@@ -24,9 +25,9 @@ class PackedCache:
     """
 
     def __init__(self, checkpoint: Path, bits: int, cache: Path | None = None):
-        """checkpoint: a directory with *.safetensors."""
+        """checkpoint: a directory in Hugging Face format."""
         self._folder = (cache or cache_directory()) / "packed"
-        state = fingerprint(FORMAT, state_of(checkpoint.glob("*.safetensors")))
+        state = fingerprint(FORMAT, state_of(weights_in(checkpoint)))
         self._family = f"{fingerprint(checkpoint.resolve())}-int{bits}"
         self._path = self._folder / f"{self._family}-{state}.safetensors"
 

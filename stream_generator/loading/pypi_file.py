@@ -17,8 +17,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from stream_generator.cache import cache_directory
 from stream_generator.errors import CheckpointError
+from stream_generator.loading.cache import cache_directory
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ loads in under a second. Four and eight bit weights are also kept as they are.
 """
 
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +17,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from stream_generator.cache import cache_directory, fingerprint, made_once, state_of
 from stream_generator.errors import CheckpointError
+from stream_generator.loading.cache import cache_directory, fingerprint, made_once, state_of
+from stream_generator.memory import free_memory, refuse_if_too_large
 from stream_generator.quantization import save_packed
 
 logger = logging.getLogger(__name__)
 
 PACKED_FILE = "packed.safetensors"  # the weights as the GGUF has them, beside the dense ones
-CONVERSION = 1  # raise it when the conversion changes, so that older results are not used
 MAGIC = b"GGUF"
+CONVERSION = 1  # raise it when the conversion changes, so that older results are not used
 
 
 def _digits_first() -> pre_tokenizers.PreTokenizer:
@@ -62,7 +64,7 @@ IGNORE_MERGES = {"llama-bpe"}  # a piece that is a word of the vocabulary is tha
 def is_gguf(path: Path) -> bool:
     """Whether a file begins as a GGUF does."""
     with path.open("rb") as file:
-        return file.read(4) == MAGIC
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def converted_gguf(path: Path, cache: Path | None = None) -> Path:
@@ -70,6 +72,10 @@ def converted_gguf(path: Path, cache: Path | None = None) -> Path:
 
     Raises `CheckpointError` for a file that is damaged, or of an architecture that is not known.
     """
+    if re.search(r"-\d{5}-of-\d{5}$", path.stem):
+        raise CheckpointError(
+            f"{path} is one part of several; join them with llama.cpp's llama-gguf-split --merge"
+        )
     facts = fingerprint(CONVERSION, state_of([path]))
     target = (cache or cache_directory()) / "converted" / f"{path.stem}-{facts}"
     # Dense in bfloat16, and packed: at most five times four bits.
@@ -83,11 +89,14 @@ def convert_gguf(path: Path, directory: Path) -> None:
     # Imported here: only the first start needs it, and it takes a while.
     from gguf import GGUFReader
 
-    from stream_generator.gguf_weights import packed_weights
+    from stream_generator.loading.gguf_header import checked_parameters
+    from stream_generator.loading.gguf_weights import packed_weights
 
     print(f"Converting {path.name} for faster starts (once) ...", file=sys.stderr)
     source, name = str(path.parent), path.name
     try:
+        parameters = checked_parameters(path)
+        refuse_if_too_large(path, 2 * parameters, free_memory(torch.device("cpu")))  # in bfloat16
         reader = GGUFReader(path)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
         model = AutoModelForCausalLM.from_pretrained(
@@ -100,6 +109,8 @@ def convert_gguf(path: Path, directory: Path) -> None:
         _mend_rotation(model.config, reader)
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         packed = packed_weights(path, linears)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a foreign file makes the readers raise
         detail = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(

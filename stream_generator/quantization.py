@@ -64,15 +64,14 @@ class PackedWeight:
 
     @classmethod
     def joined(cls, weights: "list[PackedWeight]") -> "PackedWeight":
-        """Several with the same inputs, as one with all their outputs."""
-        zeros = [w.zeros for w in weights if w.zeros is not None]
-        assert len({w.bits for w in weights}) == 1, "packed with different numbers of bits"
-        assert len(zeros) in (0, len(weights)), "some have zeros, others none"
+        """Several with the same inputs, as one with all their outputs: of the most bits."""
+        some_zeros = any(w.zeros is not None for w in weights)
+        zeros = [torch.zeros_like(w.scales) if w.zeros is None else w.zeros for w in weights]
         return cls(
-            weights[0].bits,
+            max(w.bits for w in weights),
             torch.cat([w.values for w in weights]),
             torch.cat([w.scales for w in weights]),
-            torch.cat(zeros) if zeros else None,
+            torch.cat(zeros) if some_zeros else None,
         )
 
     def to(self, device: torch.device) -> "PackedWeight":

@@ -5,11 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from conftest import tiny_llama
-from gguf import GGUFWriter, TokenType
+from gguf_files import neighbours, write_gguf
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stream_generator.checkpoint import Checkpoint, load_checkpoint
@@ -96,11 +95,6 @@ def write_hugging_face(model: PreTrainedModel, tokenizer: Any, path: Path, **opt
     return path
 
 
-def neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rotary pairs as Meta and llama.cpp have them."""
-    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
 def write_meta(model: PreTrainedModel, path: Path, shards: int) -> Path:
     path.mkdir()
     config, state = model.config, model.state_dict()
@@ -136,74 +130,6 @@ def write_meta(model: PreTrainedModel, path: Path, shards: int) -> Path:
         part["rope.freqs"] = torch.zeros(SIZE // 2)
         torch.save({k: v.bfloat16() for k, v in part.items()}, path / f"consolidated.0{number}.pth")
     return path
-
-
-def write_gguf(model: PreTrainedModel, tokenizer: Any, path: Path) -> Path:
-    config, state = model.config, model.state_dict()
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(96)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KEY_HEADS)
-    writer.add_rope_dimension_count(SIZE)
-    writer.add_rope_freq_base(500000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(VOCABULARY)
-    vocabulary = tokenizer.get_vocab()
-    words = sorted(vocabulary, key=vocabulary.__getitem__)
-    special = set(tokenizer.all_special_tokens) | set(tokenizer.get_added_vocab())
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
-    writer.add_token_list(words)
-    writer.add_token_types([TokenType.CONTROL if w in special else TokenType.NORMAL for w in words])
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(BEGIN)
-    writer.add_eos_token_id(END_OF_TURN)
-    writer.add_add_bos_token(True)
-    names = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
-    for name, weight in state.items():
-        key = name.removesuffix(".weight")
-        if key == "lm_head" and config.tie_word_embeddings:
-            continue
-        if "q_proj" in key or "k_proj" in key:
-            weight = neighbours(weight, HEADS if "q_proj" in key else KEY_HEADS)
-        prefix = ""
-        if key.startswith("model.layers."):
-            _, _, number, key = key.split(".", 3)
-            prefix = f"blk.{number}."
-        data = weight.numpy().astype(numpy.float32)
-        writer.add_tensor(f"{prefix}{names[key]}.weight", data)
-    if config.rope_parameters["rope_type"] == "llama3":
-        writer.add_tensor("rope_freqs.weight", divisors(config.rope_parameters["factor"]))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def divisors(factor: float) -> numpy.ndarray:
-    """By what Llama 3.1 divides each rotary frequency, as in Meta's apply_scaling."""
-    found = []
-    for n in range(SIZE // 2):
-        wavelength = 2 * numpy.pi * 500000.0 ** (2 * n / SIZE)
-        if wavelength < 8192 / 4:
-            found.append(1.0)
-        elif wavelength > 8192:
-            found.append(factor)
-        else:
-            smooth = (8192 / wavelength - 1) / 3
-            found.append(1 / ((1 - smooth) / factor + smooth))
-    return numpy.array(found, dtype=numpy.float32)
 
 
 def write(layout: str, model: PreTrainedModel, tokenizer: Any, folder: Path) -> str:

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 PACKED_FILE = "packed.safetensors"  # the weights as the GGUF has them, beside the dense ones
 MAGIC = b"GGUF"
-CONVERSION = 1  # raise it when the conversion changes, so that older results are not used
+CONVERSION = 2  # raise it when the conversion changes, so that older results are not used
 
 
 def _digits_first() -> pre_tokenizers.PreTokenizer:

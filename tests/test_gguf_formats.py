@@ -1,0 +1,79 @@
+"""A GGUF in every common format is as near to the model as the format allows."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_llama
+from gguf_files import as_file_type, decoded, name_in_file, write_gguf
+from test_layouts import BEGIN, END_OF_TURN, VOCABULARY, tokenizer_file
+from transformers import PreTrainedModel
+
+from stream_generator import quantization
+from stream_generator.checkpoint import load_checkpoint
+from stream_generator.loading.meta_checkpoint import meta_tokenizer
+from stream_generator.quantization import MANY_ROWS, ByRows, PackedLinear
+
+FILE_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0"]
+FLOATS = {"F32", "F16", "BF16"}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """Wide enough for blocks of 256, with key heads of their own number."""
+    return tiny_llama(
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=BEGIN,
+        eos_token_id=END_OF_TURN, rms_norm_eps=1e-5, initializer_range=0.06,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return meta_tokenizer(tokenizer_file(tmp_path_factory.mktemp("words") / "tokenizer.model"))
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """After 60 ids, which are few enough to meet packed weights, and after many."""
+    ids = torch.arange(200, 200 + MANY_ROWS)[None]
+    parts = [model(input_ids=x).logits.float() for x in (ids[:, :60], ids)]
+    return torch.cat(parts, dim=1)
+
+
+def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """By how much of its spread."""
+    return float((ours - theirs).std() / theirs.std())
+
+
+@pytest.mark.parametrize("quantize", ["none", "auto"])
+@pytest.mark.parametrize("file_type", FILE_TYPES)
+def test_a_model_is_what_its_blocks_stand_for(
+    file_type: str,
+    quantize: str,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(quantization.DENSE_SHARE, "cpu", 0)  # packed weights alone
+    encode = as_file_type(file_type)
+    path = write_gguf(model, tokenizer, tmp_path / f"{file_type}.gguf", encode)
+    loaded = load_checkpoint(str(path), quantize, dtype="float32").model
+    # The same blocks, as the package of GGUF itself reads them.
+    blocks = copy.deepcopy(model)
+    for name, weight in blocks.state_dict().items():
+        data = decoded(encode, name_in_file(name), weight.numpy())
+        weight.copy_(torch.from_numpy(data).view_as(weight))
+    ideal, original = logits(blocks), logits(model)
+    ours = logits(loaded)
+    # Roundings to bfloat16, and in six bits of scales for 16 weights to scales for 32.
+    assert off(ours, ideal) < 0.03
+    assert off(ours, original) < 1.1 * off(ideal, original) + 0.01
+    products = [getattr(x, n) for x in loaded.model.layers for n in ("qkv", "gate_up", "down")]
+    packed = [p for p in products if isinstance(p, (ByRows, PackedLinear))]
+    assert len(packed) == (6 if quantize == "auto" and file_type not in FLOATS else 0)

@@ -11,8 +11,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stream_service.command_line import parse_arguments
+
+if TYPE_CHECKING:
+    from stream_generator.checkpoint import Checkpoint
 
 PAGE = Path(__file__).with_name("llama3_app.py")
 
@@ -90,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGHUP, end)  # the terminal is closed; nohup has it ignored
     address = f"http://{_reachable(args.host)}:{server.port}"
     page = _start_page(args, address) if args.app else None
-    print(_welcome(args, checkpoint.name, address), flush=True)
+    print(_welcome(args, checkpoint, address), flush=True)
     # The computing stays on this thread, which has loaded the model (see `Engine`).
     try:
         engine.run()
@@ -127,8 +131,11 @@ def start_log(as_json: bool) -> None:
         logging.getLogger(name).setLevel(logging.INFO)
 
 
-def _welcome(args: argparse.Namespace, model: str, address: str) -> str:
+def _welcome(args: argparse.Namespace, checkpoint: "Checkpoint", address: str) -> str:
     """What a person who has just started it wants to know."""
+    path, body = "stream", '{"query": "Explain how a rainbow forms."}'
+    if not checkpoint.chat.can_chat:
+        path, body = "v1/completions", '{"prompt": "A rainbow forms", "stream": true}'
     keys = args.settings.api_keys
     is_open = not keys and not args.is_loopback
     warning = (
@@ -136,11 +143,10 @@ def _welcome(args: argparse.Namespace, model: str, address: str) -> str:
         "with LLAMA3_API_KEY or --api-key-file.\n"
     )
     key = "-H 'Authorization: Bearer YOUR_KEY' " if keys else ""
-    body = '{"query": "Explain how a rainbow forms."}'
     return (
-        f"{model} is ready at {address} (for OpenAI's clients: {address}/v1; the protocol: "
-        f"{address}/docs). Try:\n\n"
-        f"    curl -N {key}-H 'Content-Type: application/json' -d '{body}' {address}/stream\n"
+        f"{checkpoint.name} is ready at {address} (for OpenAI's clients: {address}/v1; the "
+        f"protocol: {address}/docs). Try:\n\n"
+        f"    curl -N {key}-H 'Content-Type: application/json' -d '{body}' {address}/{path}\n"
         f"{warning if is_open else ''}"
     )
 

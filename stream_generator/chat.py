@@ -67,6 +67,15 @@ class ChatFormat:
         self._special_pattern = _any_of(self._special)
         self._control_pattern = _any_of([*self._special, *flagged_nowhere])
 
+    @property
+    def can_chat(self) -> bool:
+        """Whether there is a format at all: base models have none."""
+        return bool(self._tokenizer.chat_template)
+
+    def describe(self) -> str:
+        """Where the format came from, for a person."""
+        return "the checkpoint's own" if self.can_chat else "none, so it can only continue texts"
+
     def fit(self, messages: list[Message], context_length: int) -> Prompt:
         """The prompt of `messages`, without the oldest turns where the context would be too full.
 
@@ -99,9 +108,10 @@ class ChatFormat:
         A conversation that ends in an assistant turn is continued: the prompt ends inside it.
         Raises `InvalidRequest` if there is no template, or the template refuses the messages.
         """
-        if not self._tokenizer.chat_template:
+        if not self.can_chat:
             raise InvalidRequest(
-                "this model has no chat template, so it cannot chat; serve an instruct model",
+                "this is a base model: it has no chat template, and can only continue a text "
+                "(/v1/completions); to chat, serve an instruct model",
                 param="messages",
             )
         patterns = [(self._pattern_for(message), message["content"]) for message in messages]
@@ -188,6 +198,13 @@ class MetaChatFormat(ChatFormat):
     Each piece of text is encoded by itself, and as plain text. Source: Meta's llama-models,
     llama3/chat_format.py.
     """
+
+    @property
+    def can_chat(self) -> bool:
+        return True
+
+    def describe(self) -> str:
+        return "built in, as Meta has it"
 
     def check_template(self) -> None:
         """There is none."""

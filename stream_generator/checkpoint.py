@@ -61,13 +61,12 @@ class Checkpoint:
     def describe(self) -> str:
         """What it is and where its parts came from, for a person."""
         ends = " ".join(self.tokenizer.convert_ids_to_tokens(sorted(self.end_ids))) or "nothing"
-        own_template = "the checkpoint's own" if self.tokenizer.chat_template else "none"
         return (
             f"{self.name}: {self.layout}, {type(self.model).__name__}, "
             f"{self.parameters / 1e6:,.0f} M parameters in "
             f"{str(self.model.dtype).removeprefix('torch.')} on {self.model.device}, a context of "
             f"{self.context_length} tokens, ends with {ends}, chat template: "
-            f"{'built in, as Meta has it' if self.layout == META else own_template}"
+            f"{self.chat.describe()}"
         )
 
     @classmethod

@@ -11,7 +11,7 @@ import openai
 import pytest
 import requests
 from conftest import RunningService, ServiceFactory, running_service, tiny_llama
-from fakes import Gate, byte_tokenizer, fake_checkpoint, says
+from fakes import FakeModel, Gate, byte_tokenizer, fake_checkpoint, says
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -350,3 +350,20 @@ def test_a_stream_gives_what_the_whole_answer_gives(
 
 def counts(usage: dict[str, Any]) -> list[int]:
     return [usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
+
+
+def test_a_base_model_continues_texts_and_says_so_where_it_is_to_chat(
+    serve: ServiceFactory,
+) -> None:
+    base = Checkpoint.of(FakeModel(says("abc")), byte_tokenizer(chat_template=None), "base")
+    assert "none, so it can only continue texts" in base.describe()
+    service = serve(base)
+    with client_of(service) as client:
+        completion = client.completions.create(model="base", prompt="a", max_tokens=2)
+        assert completion.choices[0].finish_reason == "length"
+        with pytest.raises(openai.BadRequestError, match="/v1/completions"):
+            client.chat.completions.create(model="base", messages=HI)
+    for path, body in (("stream", {"query": "hi"}), ("chat", {"messages": HI})):
+        refused = requests.post(f"{service.url}/{path}", json=body, timeout=TIMEOUT)
+        assert refused.status_code == 400
+        assert "base model" in refused.text

@@ -32,6 +32,11 @@ def service(demo: Checkpoint) -> Iterator[RunningService]:
 @pytest.mark.parametrize(("language", "code"), EXAMPLES)
 def test_an_example_works_as_it_stands(service: RunningService, language: str, code: str) -> None:
     assert "localhost:8800" in code
+    run_example(service, language, code)
+
+
+def run_example(service: RunningService, language: str, code: str) -> None:
+    """Run it against `service`, in a process of its own; it must print something."""
     code = code.replace("localhost:8800", service.url.removeprefix("http://"))
     if language == "bash":
         code = re.sub(r"\bcurl (?!-s)", "curl -sS --fail-with-body ", code)

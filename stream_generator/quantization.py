@@ -4,7 +4,7 @@ A step for a few rows spends its time reading weights, so fewer bytes mean more 
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Self
@@ -51,7 +51,13 @@ class PackedWeight:
 
         With eight bits, between the greatest and its negative, so that there are no zeros.
         """
-        groups = weight.detach().float().unflatten(1, (-1, GROUP))
+        rows = max(SLICE_BYTES // weight.shape[1], 1)  # at a time: in float32 they take room
+        parts = [cls._of_some(part, bits) for part in weight.detach().split(rows)]
+        return cls.joined(parts) if len(parts) > 1 else parts[0]
+
+    @classmethod
+    def _of_some(cls, weight: torch.Tensor, bits: int) -> Self:
+        groups = weight.float().unflatten(1, (-1, GROUP))
         if bits == 8:
             scales = (groups.abs().amax(dim=2) / 127).clamp_min(1e-8).bfloat16()
             values = (groups / scales.float()[..., None]).round().clamp(-128, 127)
@@ -63,7 +69,7 @@ class PackedWeight:
         return cls(4, values.round().clamp(-8, 7).to(torch.int8).flatten(1), scales, zeros)
 
     @classmethod
-    def joined(cls, weights: "list[PackedWeight]") -> "PackedWeight":
+    def joined(cls, weights: "Sequence[PackedWeight]") -> Self:
         """Several with the same inputs, as one with all their outputs: of the most bits."""
         some_zeros = any(w.zeros is not None for w in weights)
         zeros = [torch.zeros_like(w.scales) if w.zeros is None else w.zeros for w in weights]

@@ -20,9 +20,10 @@ from stream_generator.fused import fuse
 from stream_generator.loading.gguf_checkpoint import PACKED_FILE
 from stream_generator.loading.layout import ACCEPTED, META, Located, locate, weights_in
 from stream_generator.loading.packed_cache import PackedCache
+from stream_generator.loading.packed_file import PackedFile
 from stream_generator.loading.untrusted import refuse_pickle, refuse_unsafe
 from stream_generator.memory import free_memory, refuse_if_too_large
-from stream_generator.quantization import DENSE_SHARE, PackedWeight, Packing, load_packed
+from stream_generator.quantization import DENSE_SHARE, PackedWeight, Packing
 from stream_generator.sampler import generator_for
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.sequence import Sequence
@@ -220,7 +221,7 @@ def _make_lean_and_keep(model: PreTrainedModel, quantize: str, found: Located) -
     """`make_lean`, with what is packed already or was kept by an earlier start."""
     own = found.directory / PACKED_FILE
     if own.is_file() and quantize != "none":
-        make_lean(model, quantize, load_packed(own))
+        make_lean(model, quantize, PackedFile(own))
     elif quantize in BITS:
         kept = PackedCache(found.directory, BITS[quantize])
         if made := make_lean(model, quantize, kept.load()):
@@ -231,11 +232,11 @@ def _make_lean_and_keep(model: PreTrainedModel, quantize: str, found: Located) -
 
 def make_lean(
     model: PreTrainedModel, quantize: str = "none", saved: Mapping[str, PackedWeight] | None = None
-) -> Mapping[str, PackedWeight]:
+) -> Mapping[str, torch.Tensor]:
     """Fuse the layers of `model` where they are of a known shape, and pack their weights.
 
     quantize: as `load_checkpoint` takes it. saved: weights that are packed already. Returns what
-    had to be packed beside them.
+    had to be packed beside them, as `Packing.made`.
     """
     bits = BITS.get(quantize, 0)
     dense_bytes = sum(p.nbytes for p in model.parameters())

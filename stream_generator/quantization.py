@@ -6,11 +6,9 @@ A step for a few rows spends its time reading weights, so fewer bytes mean more 
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from stream_generator.linear import Linear, PlainLinear, joined_bias, laid_out
@@ -80,6 +78,25 @@ class PackedWeight:
             torch.cat(zeros) if some_zeros else None,
         )
 
+    def tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """What it is kept as in a file, by "name.kind": four bits are two to a byte."""
+        values = self.values
+        if self.bits == 4:
+            raw = (values + MIDDLE).view(torch.uint8)
+            values = raw[:, ::2] | raw[:, 1::2] << 4
+        kept = {f"{name}.values{self.bits}": values, f"{name}.scales": self.scales}
+        return kept if self.zeros is None else {**kept, f"{name}.zeros": self.zeros}
+
+    @classmethod
+    def of_tensors(cls, kept: Mapping[str, torch.Tensor]) -> Self:
+        """From what `tensors` has made, by kind."""
+        scales, zeros = kept["scales"], kept.get("zeros")
+        if "values8" in kept:
+            return cls(8, kept["values8"], scales, zeros)
+        pairs = kept["values4"]
+        raw = torch.stack((pairs & 15, pairs >> 4), dim=2).flatten(1)
+        return cls(4, raw.view(torch.int8) - MIDDLE, scales, zeros)
+
     def to(self, device: torch.device) -> "PackedWeight":
         """The same on a device."""
         zeros = None if self.zeros is None else self.zeros.to(device)
@@ -121,7 +138,10 @@ class PackedLinear(PlainLinear):
         raw = values + MIDDLE  # 0 to 15
         if raw.device.type == "cpu":
             self._product = torch.ops.aten._weight_int4pack_mm_for_cpu
-            self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(raw.int(), 1)
+            # Some blocks at a time: the kernel's own packing takes 32 bits for each value.
+            rows = max(SLICE_BYTES // raw.shape[1] // BLOCK, 1) * BLOCK
+            pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+            self.weight = torch.cat([pack(part.int(), 1) for part in raw.split(rows)])
         else:
             self._product = torch.ops.aten._weight_int4pack_mm
             pairs = (raw[:, ::2] << 4 | raw[:, 1::2]).view(torch.uint8).contiguous()
@@ -213,13 +233,14 @@ class Packing:
 
     bits: 4 or 8, of what `saved` does not hold; 0: that stays dense. saved: by the names of the
     model's modules; without `bits`, equal to its dense weights up to rounding. keep_dense: keep
-    the dense weights too, for many rows. made: what had to be packed, to be saved for another time.
+    the dense weights too, for many rows. made: what had to be packed, to be saved for another time,
+    as `PackedWeight.tensors`.
     """
 
     bits: int = 0
     saved: Mapping[str, PackedWeight] = field(default_factory=dict)
     keep_dense: bool = False
-    made: dict[str, PackedWeight] = field(default_factory=dict)
+    made: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def pack(self, named: dict[str, nn.Linear], dense: Linear, *, least_bits: int = 4) -> Linear:
         """The product with all these side by side, packed; `dense`, if they are not to be packed.
@@ -239,7 +260,8 @@ class Packing:
         else:
             bits = max(self.bits, least_bits)
             made = {name: PackedWeight.of(x.weight, bits) for name, x in named.items()}
-            self.made.update(made)
+            for name, weight in made.items():
+                self.made.update(weight.tensors(name))
             weight = PackedWeight.joined(list(made.values()))
         few = PackedLinear(weight, bias, first.dtype)
         if not self.keep_dense:
@@ -250,35 +272,3 @@ class Packing:
             # What few rows and many are multiplied with must be the same.
             dense = laid_out(weight.dense().to(first.dtype), bias)
         return ByRows(few, dense, PackedWeight.FEW_ROWS[weight.bits])
-
-
-def save_packed(weights: Mapping[str, PackedWeight], path: Path) -> None:
-    """Write packed weights, by the names of the model's modules; four bits are two to a byte."""
-    tensors = {}
-    for name, weight in weights.items():
-        values = weight.values
-        if weight.bits == 4:
-            raw = (values + MIDDLE).view(torch.uint8)
-            values = raw[:, ::2] | raw[:, 1::2] << 4
-        tensors[f"{name}.values{weight.bits}"] = values.contiguous()
-        tensors[f"{name}.scales"] = weight.scales
-        if weight.zeros is not None:
-            tensors[f"{name}.zeros"] = weight.zeros
-    save_file(tensors, path)
-
-
-def load_packed(path: Path) -> dict[str, PackedWeight]:
-    """What `save_packed` has written."""
-    tensors = load_file(path)
-    weights = {}
-    for key, values in tensors.items():
-        name, _, kind = key.rpartition(".")
-        if kind == "values4":
-            values = torch.stack((values & 15, values >> 4), dim=2).flatten(1)
-            values = values.view(torch.int8) - MIDDLE
-        elif kind != "values8":
-            continue
-        weights[name] = PackedWeight(
-            int(kind[-1]), values, tensors[f"{name}.scales"], tensors.get(f"{name}.zeros")
-        )
-    return weights

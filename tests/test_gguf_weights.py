@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from stream_generator.loading.demo_model import DEMO_GGUF, demo_model_directory
 from stream_generator.loading.gguf_checkpoint import PACKED_FILE
 from stream_generator.loading.gguf_weights import packed_weights
+from stream_generator.loading.packed_file import PackedFile, save_packed
 from stream_generator.loading.pypi_file import bring
-from stream_generator.quantization import load_packed
 
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
 KINDS = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0]
@@ -31,6 +31,11 @@ def write(path: Path, architecture: str, tensors: dict[str, numpy.ndarray], kind
     writer.close()
 
 
+def read(path: Path, names: list[str]) -> PackedFile:
+    save_packed(packed_weights(path, names), path.with_suffix(".safetensors"))
+    return PackedFile(path.with_suffix(".safetensors"))
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_weights_stand_for_what_gguf_makes_of_the_blocks(
     kind: GGMLQuantizationType, tmp_path: Path
@@ -38,7 +43,7 @@ def test_weights_stand_for_what_gguf_makes_of_the_blocks(
     data = numpy.random.default_rng(0).normal(size=(64, 64)).astype(numpy.float32)
     path = tmp_path / "model.gguf"
     write(path, "qwen2", {"blk.0.ffn_up.weight": data, "token_embd.weight": data}, kind)
-    weights = packed_weights(path, ["model.layers.0.mlp.up_proj", "lm_head", "model.nothing"])
+    weights = read(path, ["model.layers.0.mlp.up_proj", "lm_head", "model.nothing"])
     assert set(weights) == {"model.layers.0.mlp.up_proj", "lm_head"}
     expected = torch.from_numpy(dequantize(quantize(data, kind), kind))
     for weight in weights.values():
@@ -56,7 +61,7 @@ def test_a_llamas_queries_and_keys_are_put_back_in_order(tmp_path: Path) -> None
     path = tmp_path / "model.gguf"
     write(path, "llama", {"blk.0.attn_q.weight": mixed, "blk.0.attn_v.weight": data}, kind)
     names = [f"model.layers.0.self_attn.{n}_proj" for n in "qv"]
-    for weight in packed_weights(path, names).values():
+    for weight in read(path, names).values():
         assert torch.allclose(weight.dense(), torch.from_numpy(data), rtol=0.01)
 
 
@@ -69,7 +74,7 @@ def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
 def test_the_demo_models_packed_weights_are_its_dense_ones() -> None:
     """All 210 products of its layers and its output matrix, up to the rounding to bfloat16."""
     directory = demo_model_directory()
-    saved = load_packed(directory / PACKED_FILE)
+    saved = PackedFile(directory / PACKED_FILE)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
     assert saved.keys() == linears.keys()

@@ -12,7 +12,8 @@ from stream_generator.checkpoint import Checkpoint, load_checkpoint
 from stream_generator.loading.packed_cache import PackedCache
 from stream_generator.quantization import PackedWeight
 
-WEIGHTS = {"layer": PackedWeight.of(torch.randn(16, 32), 4)}
+WEIGHT = PackedWeight.of(torch.randn(16, 32), 4)
+TENSORS = WEIGHT.tensors("layer")
 
 
 @pytest.fixture
@@ -26,29 +27,29 @@ def directory(tmp_path: Path) -> Path:
 
 def test_what_was_kept_is_found_again(directory: Path, tmp_path: Path) -> None:
     assert PackedCache(directory, 4, tmp_path).load() == {}
-    PackedCache(directory, 4, tmp_path).save(WEIGHTS)
+    PackedCache(directory, 4, tmp_path).save(TENSORS)
     found = PackedCache(directory, 4, tmp_path).load()
-    assert torch.equal(found["layer"].dense(), WEIGHTS["layer"].dense())
+    assert torch.equal(found["layer"].dense(), WEIGHT.dense())
     assert PackedCache(directory, 8, tmp_path).load() == {}
 
 
 def test_another_download_in_the_same_place_is_packed_anew_and_replaces_it(
     directory: Path, tmp_path: Path
 ) -> None:
-    PackedCache(directory, 4, tmp_path).save(WEIGHTS)
-    PackedCache(directory, 8, tmp_path).save(WEIGHTS)
+    PackedCache(directory, 4, tmp_path).save(TENSORS)
+    PackedCache(directory, 8, tmp_path).save(TENSORS)
     os.utime(directory / "model.safetensors", ns=(1, 1))
     cache = PackedCache(directory, 4, tmp_path)
     assert cache.load() == {}
-    cache.save(WEIGHTS)
-    assert cache.load().keys() == WEIGHTS.keys()
+    cache.save(TENSORS)
+    assert [*cache.load()] == ["layer"]
     assert len(list((tmp_path / "packed").iterdir())) == 2, "of four bits and of eight"
 
 
 def test_a_damaged_file_is_packed_anew(
     directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    PackedCache(directory, 4, tmp_path).save(WEIGHTS)
+    PackedCache(directory, 4, tmp_path).save(TENSORS)
     (file,) = (tmp_path / "packed").iterdir()
     file.write_bytes(file.read_bytes()[:20])
     assert PackedCache(directory, 4, tmp_path).load() == {}
@@ -59,7 +60,7 @@ def test_where_nothing_can_be_written_the_model_runs_all_the_same(
     directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "packed").write_text("in the way")
-    PackedCache(directory, 4, tmp_path).save(WEIGHTS)
+    PackedCache(directory, 4, tmp_path).save(TENSORS)
     assert "are not kept" in caplog.text
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from stream_generator import quantization
 from stream_generator.linear import DenseLinear, Linear, ReorderedLinear, laid_out
+from stream_generator.loading.packed_file import PackedFile, save_packed
 from stream_generator.quantization import (
     MANY_ROWS,
     ByRows,
@@ -17,8 +18,6 @@ from stream_generator.quantization import (
     Packing,
     UnpackedLinear,
     layout_is_known,
-    load_packed,
-    save_packed,
 )
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
@@ -65,6 +64,19 @@ def test_any_finite_group_packs_to_finite_numbers(values: list[float]) -> None:
 
 
 @BITS
+@pytest.mark.parametrize("outputs", [16, 48, 64, 208])
+def test_packing_some_blocks_at_a_time_packs_the_same(
+    bits: int, outputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = random(outputs, 64)
+    whole = PackedLinear(PackedWeight.of(weight, bits))
+    monkeypatch.setattr(quantization, "SLICE_BYTES", 1)
+    parts = PackedLinear(PackedWeight.of(weight, bits))
+    assert parts.weight.equal(whole.weight)
+    assert parts.scales_and_zeros.equal(whole.scales_and_zeros)
+
+
+@BITS
 def test_joined_weights_give_their_outputs_side_by_side(bits: int) -> None:
     parts = [PackedWeight.of(random(n, 64), bits) for n in (16, 32)]
     x = random(2, 64)
@@ -76,8 +88,11 @@ def test_joined_weights_give_their_outputs_side_by_side(bits: int) -> None:
 @BITS
 def test_what_is_saved_is_what_is_loaded(bits: int, tmp_path: Path) -> None:
     weights = {"a.b": PackedWeight.of(random(16, 64), bits), "c": PackedWeight.of(random(8, 32), 8)}
-    save_packed(weights, tmp_path / "packed.safetensors")
-    loaded = load_packed(tmp_path / "packed.safetensors")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        tensors |= weight.tensors(name)
+    save_packed(tensors, tmp_path / "packed.safetensors")
+    loaded = PackedFile(tmp_path / "packed.safetensors")
     assert loaded.keys() == weights.keys()
     for name, weight in weights.items():
         assert loaded[name].bits == weight.bits

@@ -19,8 +19,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stream_generator.errors import CheckpointError
 from stream_generator.loading.cache import cache_directory, fingerprint, made_once, state_of
+from stream_generator.loading.packed_file import save_packed
 from stream_generator.memory import free_memory, refuse_if_too_large
-from stream_generator.quantization import save_packed
 
 logger = logging.getLogger(__name__)
 

@@ -29,9 +29,10 @@ _IN_GROUPS = {GGMLQuantizationType.Q4_K: 4, GGMLQuantizationType.Q5_K: 5}
 _PACKED = {*_HEADERS, *_IN_GROUPS, GGMLQuantizationType.Q6_K}
 
 
-def packed_weights(path: Path, names: list[str]) -> dict[str, PackedWeight]:
+def packed_weights(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
     """Those of a model's linear layers, by the names of its modules, that the file has packed.
 
+    As `PackedWeight.tensors`, in half the room.
     Raises `ValueError` for an architecture that the `gguf` package does not know.
     """
     reader = GGUFReader(path)
@@ -45,7 +46,7 @@ def packed_weights(path: Path, names: list[str]) -> dict[str, PackedWeight]:
     heads = reader.fields[f"{architecture}.attention.head_count"].contents()
     key_heads = reader.fields[f"{architecture}.attention.head_count_kv"].contents()
     interleaved = {"q_proj": heads, "k_proj": key_heads} if architecture == "llama" else {}
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for name in names:
         tensor = tensors.get(in_file.get_name(name) or "")
         if tensor is None and name == "lm_head":
@@ -53,7 +54,7 @@ def packed_weights(path: Path, names: list[str]) -> dict[str, PackedWeight]:
         if tensor is None or tensor.tensor_type not in _PACKED:
             continue
         count = interleaved.get(name.rpartition(".")[2])
-        weights[name] = _weight(tensor.data, tensor.tensor_type, count)
+        weights |= _weight(tensor.data, tensor.tensor_type, count).tensors(name)
     return weights
 
 

@@ -6,11 +6,13 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from stream_generator.loading.cache import cache_directory, fingerprint, state_of
 from stream_generator.loading.layout import weights_in
-from stream_generator.quantization import PackedWeight, load_packed, save_packed
+from stream_generator.loading.packed_file import PackedFile, save_packed
+from stream_generator.quantization import PackedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -31,22 +33,22 @@ class PackedCache:
         self._family = f"{fingerprint(checkpoint.resolve())}-int{bits}"
         self._path = self._folder / f"{self._family}-{state}.safetensors"
 
-    def load(self) -> dict[str, PackedWeight]:
+    def load(self) -> Mapping[str, PackedWeight]:
         """What was kept, by the names of the model's modules; empty if there is nothing."""
         if not self._path.is_file():
             return {}
         try:
-            return load_packed(self._path)
+            return PackedFile(self._path)
         except (OSError, SafetensorError) as error:
             logger.warning("packing again: %s cannot be read (%s)", self._path, error)
             return {}
 
-    def save(self, weights: Mapping[str, PackedWeight]) -> None:
-        """Keep them; a full disk costs only the next start's time."""
+    def save(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep what was `made` by a `Packing`; a full disk costs only the next start's time."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-                save_packed(weights, Path(folder) / "weights")
+                save_packed(tensors, Path(folder) / "weights")
                 os.replace(Path(folder) / "weights", self._path)
             for older in self._folder.glob(f"{self._family}-*"):
                 if older != self._path:

@@ -160,7 +160,7 @@ class StreamClient:
             return result
 
     def about(self) -> dict[str, Any]:
-        """What the service says of itself: model, context, defaults, bounds. Raises `StreamError`."""
+        """The model, its context, defaults and bounds: `GET /`. Raises `StreamError`."""
         with self._ask("GET", "/") as response:
             about = _json_of(response)
         if "model" not in about:

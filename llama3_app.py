@@ -13,6 +13,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from html import escape
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -28,7 +29,7 @@ from chat_page.markup import LATEX_DELIMITERS, unmarked
 from chat_page.reply import Replies, sentence
 from chat_page.tokens import Token, branch, for_view, text_of
 from chat_page.transcript import finished, in_progress, transcript, turn_at
-from chat_page.words import i18n, language_of, preset, words_of
+from chat_page.words import Words, i18n, language_of, preset, words_of
 from stream_service.client import StreamClient, StreamError
 
 ADDRESS = "http://127.0.0.1:8800"
@@ -61,18 +62,18 @@ def received(value: Any) -> Conversation:
 
 def show(value: Any, reply_id: str | None, request: gr.Request) -> Updates:
     """Open a conversation: its messages and settings, under what the service offers now."""
-    replies.stop(reply_id)
+    replies.leave(reply_id)
     conversation, words = received(value), words_of(request)
     about = None
     try:
         about = ask_about()
-        line = words("ready", model=about.model, context=about.context_length)
+        head, line = about.model, words("ready", context=about.context_length)
     except StreamError as error:
-        line = sentence(error, words)
+        head, line = words("title"), sentence(error, words)
     return {
         shelf: conversation.model_dump(),
         chat: gr.update(value=transcript(conversation, words), placeholder=words("welcome")),
-        status: line,
+        status: f"<h1>{escape(head)}</h1><p>{escape(line)}</p>",
         service: about,
         tokens: (),
         token_view: [],
@@ -118,17 +119,22 @@ def write(
         context_length=about.context_length if about else None,
         begun=begun if with_tokens else None,
     ):
+        if progress.is_last:
+            yield end_of(conversation.replied(progress.turn), progress.tokens, words)
+            return
         updates: Updates = {chat: [*earlier, *in_progress(progress, words)]}
         if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
             updates[shelf] = conversation.replied(progress.turn).model_dump()
             saved = time.monotonic()
         yield updates
-    conversation = conversation.replied(progress.turn)
-    yield {
+
+
+def end_of(conversation: Conversation, seen: tuple[Token, ...], words: Words) -> Updates:
+    return {
         chat: transcript(conversation, words),
         shelf: conversation.model_dump(),
-        tokens: progress.tokens,
-        token_view: for_view(progress.tokens),
+        tokens: seen,
+        token_view: for_view(seen),
         box: gr.update(submit_btn=True, stop_btn=False),
         running: None,
     }
@@ -243,7 +249,7 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
             label=i18n("token_view"), info=i18n("token_view_info"), container=False
         )
         controls = Controls()
-    status = gr.Markdown(elem_id="status")
+    status = gr.HTML(elem_id="status")
     chat = gr.Chatbot(
         show_label=False,
         label=i18n("chat"),
@@ -256,7 +262,7 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
         scale=1,
         elem_id="chat",
     )
-    with gr.Group(visible=False) as token_panel:
+    with gr.Group(visible=False, elem_id="tokens") as token_panel:
         token_view = parts.token_view()
     box = gr.Textbox(
         placeholder=i18n("ask"),
@@ -344,7 +350,7 @@ def main() -> None:
             max_file_size=1,
             run_history=False,
             ssr_mode=False,
-            footer_links=["settings"],
+            footer_links=[],
             i18n=i18n,
             theme=THEME,
             css=STYLE,

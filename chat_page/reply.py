@@ -1,6 +1,5 @@
 """One reply, from the question to the figures: the page's way through the service's stream."""
 
-import threading
 import time
 import uuid
 from collections.abc import Callable, Generator
@@ -25,6 +24,7 @@ class Progress(NamedTuple):
     turn: Turn
     position: int | None = None
     tokens: tuple[Token, ...] = ()
+    is_last: bool = False
 
 
 class Replies:
@@ -33,12 +33,12 @@ class Replies:
     def __init__(self, client: StreamClient, clock: Callable[[], float] = time.monotonic):
         self._client = client
         self._clock = clock
-        self._stopped: dict[str, threading.Event] = {}
+        self._open: dict[str, _Wish] = {}
 
     def open(self) -> str:
         """The id of a reply to come."""
         reply_id = uuid.uuid4().hex
-        self._stopped[reply_id] = threading.Event()
+        self._open[reply_id] = _Wish()
         return reply_id
 
     def stop(self, reply_id: str | None) -> None:
@@ -46,11 +46,18 @@ class Replies:
 
         Where there is none, or it has ended, nothing happens.
         """
-        stopped = self._stopped.get(reply_id or "")
-        if stopped is not None:
+        wish = self._open.get(reply_id or "")
+        if wish is not None:
             # First the mark, then the call: `write` looks for the mark once the service knows it.
-            stopped.set()
+            wish.is_stopped = True
             self._end(str(reply_id))
+
+    def leave(self, reply_id: str | None) -> None:
+        """End a reply that nobody looks at any more: nothing of it comes after this."""
+        wish = self._open.get(reply_id or "")
+        if wish is not None:
+            wish.is_left = True
+            self.stop(reply_id)
 
     def write(
         self,
@@ -67,33 +74,46 @@ class Replies:
         the reply with a sentence in its `problem`; what had come is kept.
         """
         reply = _Reply(conversation.last_reply, context_length, begun or (), self._clock)
+        wish = self._open[reply_id]
         yield reply.progress()
         params = conversation.settings.params()
         if begun is not None:
             params["logprobs"] = ALTERNATIVES
         try:
-            if not self._stopped[reply_id].is_set():
+            if not wish.is_stopped:
                 stream = self._client.stream(conversation.messages(), request_id=reply_id, **params)
-                if self._stopped[reply_id].is_set():
+                if wish.is_stopped:
                     self._end(reply_id)
                 for events in batches(stream.events(), SECONDS_BETWEEN_UPDATES, self._clock):
                     for event in events:
                         reply.take(event)
+                    if wish.is_left:
+                        return
                     yield reply.progress()
             if reply.figures.finish_reason is None:
                 reply.update(finish_reason="abort")
         except StreamError as error:
-            reply.problem = sentence(error, words, has_begun=bool(reply.text))
+            reply.problem = sentence(
+                error, words, has_begun=reply.figures.prompt_tokens is not None
+            )
         finally:
             # Also where nobody reads on: a visitor who has left.
-            self._stopped.pop(reply_id, None)
+            del self._open[reply_id]
             if reply.figures.finish_reason is None and reply.problem is None:
                 self._end(reply_id)
-        yield reply.progress()
+        if not wish.is_left:
+            yield reply.progress()._replace(is_last=True)
 
     def _end(self, reply_id: str) -> None:
         with suppress(StreamError):  # it has ended, or the service is gone: so be it
             self._client.stop(reply_id)
+
+
+class _Wish:
+    """What the visitor wants of a reply that is being written."""
+
+    is_stopped = False
+    is_left = False
 
 
 class _Reply:

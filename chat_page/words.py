@@ -28,8 +28,13 @@ TEXTS = {
     ),
     "go_on": ("Continue", "继续"),
     "again": ("Try again", "重试"),
-    "export_markdown": ("Save as Markdown", "导出 Markdown"),
-    "export_json": ("Save as JSON", "导出 JSON"),
+    "export_markdown": ("Save .md", "导出 .md"),
+    "export_json": ("Save .json", "导出 .json"),
+    "you": ("You", "您"),
+    "model": ("Model", "模型"),
+    "send": ("Send", "发送"),
+    "halt": ("Stop", "停止"),
+    "edit": ("Your message, to be edited", "编辑消息"),
     # settings
     "preset": ("Preset", "预设"),
     "preset_none": ("None", "无"),
@@ -117,7 +122,7 @@ TEXTS = {
         "This file is not a conversation saved by this page as JSON.",
         "该文件不是由本页面导出的 JSON 对话。",
     ),
-    "ready": ("{model}, context of {context} tokens", "{model}，上下文 {context} 个词元"),
+    "ready": ("context of {context} tokens", "上下文 {context} 个词元"),
     # beside the conversations; used in the browser alone
     "kept_where": (
         "Kept in this browser only, not on the server.",

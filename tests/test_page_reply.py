@@ -173,6 +173,19 @@ def test_stop_ends_a_reply_whose_question_has_not_been_sent(serve: ServiceFactor
     replies.stop(None)
 
 
+def test_nothing_of_a_reply_comes_after_it_was_left(serve: ServiceFactory) -> None:
+    gate = Gate(says("a" * 400))
+    service = serve(fake_checkpoint(gate))
+    replies = Replies(StreamClient(service.url))
+    reply_id = replies.open()
+    growing = replies.write(reply_id, Conversation().asked("hi"), WORDS)
+    gate.allow()
+    next(p for p in growing if p.turn.content)
+    with meanwhile(lambda: replies.leave(reply_id), service):
+        gate.allow(1000)
+    assert list(growing) == []
+
+
 def test_a_visitor_who_leaves_ends_the_reply(serve: ServiceFactory) -> None:
     gate = Gate(says("a" * 400))
     service = serve(fake_checkpoint(gate))

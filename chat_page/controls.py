@@ -26,8 +26,10 @@ class About(Record):
         return self.defaults.get(name, NEUTRAL.get(name))
 
     def range(self, name: str) -> dict[str, float]:
-        """The least and the greatest value, as a component takes them."""
-        bounds = self.bounds.get(name, {})
+        """The least and the greatest value, as a component takes them, where they are known."""
+        if name not in self.bounds:
+            return {}
+        bounds = self.bounds[name]
         least = bounds.get("minimum", bounds.get("exclusiveMinimum", 0) + STEPS.get(name, 0))
         greatest = bounds.get("maximum", LARGEST_EXACT)
         if name == "max_new_tokens":

@@ -10,9 +10,11 @@ Item = TypeVar("Item")
 
 
 def batches(
-    items: Iterable[Item], interval: float, clock: Callable[[], float] = time.monotonic
+    items: Iterable[Item],
+    interval: Callable[[], float],
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[list[Item]]:
-    """The first item at once; then what has come, at most once in `interval` seconds.
+    """The first item at once; then what has come, at most once in `interval()` seconds.
 
     Joined, the batches are the items, and what `items` raises comes after them. A thread of its own
     reads the items, so that one is never held back until the next has come.
@@ -43,7 +45,7 @@ def batches(
             except Empty:
                 break
         if batch:
-            due = clock() + interval
+            due = clock() + interval()
             yield batch
     if end.failure is not None:
         raise end.failure

@@ -14,7 +14,8 @@ from chat_page.tokens import Token
 from chat_page.words import Words
 from stream_service.client import StreamClient, StreamError
 
-SECONDS_BETWEEN_UPDATES = 0.05
+SECONDS_BETWEEN_UPDATES = 0.05  # and as much again for each:
+CHARACTERS = 8000
 ALTERNATIVES = 5
 
 
@@ -84,7 +85,7 @@ class Replies:
                 stream = self._client.stream(conversation.messages(), request_id=reply_id, **params)
                 if wish.is_stopped:
                     self._end(reply_id)
-                for events in batches(stream.events(), SECONDS_BETWEEN_UPDATES, self._clock):
+                for events in batches(stream.events(), reply.pause, self._clock):
                     for event in events:
                         reply.take(event)
                     if wish.is_left:
@@ -140,6 +141,10 @@ class _Reply:
             role="assistant", content=self.text, figures=self.figures, problem=self.problem
         )
         return Progress(turn, self._position, tuple(self._tokens))
+
+    def pause(self) -> float:
+        """Seconds until the page is written anew: a browser's work grows with the text."""
+        return SECONDS_BETWEEN_UPDATES * (1 + len(self.text) / CHARACTERS)
 
     def update(self, **figures: Any) -> None:
         # The service's word is checked like any other that ends up in the browser.

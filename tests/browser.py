@@ -54,6 +54,10 @@ class Process:
         self._reader = threading.Thread(target=output.read)
         self._reader.start()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def kill(self) -> None:
         """At once, as when the power fails."""
         self._end_by(signal.SIGKILL)

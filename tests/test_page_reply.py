@@ -49,7 +49,7 @@ def test_the_first_item_comes_at_once_and_the_others_together() -> None:
         assert more.acquire(timeout=TIMEOUT)
         yield from range(1, 5)
 
-    batched = batches(items(), 3600, lambda: now[0])
+    batched = batches(items(), lambda: 3600, lambda: now[0])
     assert next(batched) == [0]
     more.release()
     # An hour has not passed: only the end of the items can end the batch.
@@ -64,7 +64,7 @@ def test_an_item_is_not_held_back_until_the_next_one_comes() -> None:
             yield n
             assert more.acquire(timeout=TIMEOUT)
 
-    batched = batches(items(), 3600, lambda: now[0])
+    batched = batches(items(), lambda: 3600, lambda: now[0])
     assert next(batched) == [0]
     now[0] = 3601.0  # the interval is over, and nothing comes after the next
     more.release()
@@ -80,7 +80,7 @@ def test_what_the_items_raise_comes_after_them() -> None:
         yield 1
         raise ValueError("broken")
 
-    batched = batches(items(), 0)
+    batched = batches(items(), lambda: 0)
     received = []
     with pytest.raises(ValueError, match="broken"):
         for batch in batched:

@@ -20,14 +20,20 @@ function menu(token, index) {
   return make("div", { class: "alternatives" }, chosen, ...rows);
 }
 
+const hide = () => element.querySelectorAll(".alternatives").forEach((old) => old.remove());
+
 function piece(token, index) {
   const made = make("span", { class: "token", tabindex: "0", role: "button" }, token.text || "·");
   made.setAttribute("aria-label", `${visible(token.text)} ${percent(token.probability)}`);
   made.style.setProperty("--doubt", Math.min(1, -Math.log(token.probability + 1e-9) / 4).toFixed(2));
   // Only the token that is looked at has its menu: thousands of them would weigh on the page.
   const show = () => {
-    element.querySelectorAll(".alternatives").forEach((old) => old.remove());
-    made.after(menu(token, index));
+    hide();
+    const shown = menu(token, index);
+    const place = made.getBoundingClientRect();
+    shown.style.left = `${Math.min(place.left, innerWidth - 220)}px`;
+    shown.style.bottom = `${innerHeight - place.top}px`;
+    made.after(shown);
   };
   made.onmouseenter = show;
   made.onfocus = show;
@@ -43,4 +49,7 @@ function draw() {
 }
 
 watch("value", draw);
+element.addEventListener("mouseleave", hide);
+element.addEventListener("scroll", hide, true);
+element.addEventListener("keydown", ({ key }) => key === "Escape" && hide());
 draw();

@@ -3,7 +3,7 @@
     python benchmarks/page.py            (wants requirements-dev.txt and a Chromium)
 
 A stand-in for the service sends a reply of Markdown at an even pace, so that what is measured is
-the page. Printed for each thousand tokens: updates that the browser was sent and their bytes,
+the page. Printed for each thousand tokens: pieces that the browser received and their bytes,
 seconds of CPU of the page's process and of the browser's main thread.
 """
 
@@ -124,7 +124,7 @@ def measure(chromium: Any, process: Process, tokens: int) -> None:
     before = figures()
     began = time.monotonic()
     page.keyboard.press("Enter")
-    print(f"{'tokens':>7} {'s':>6} {'updates':>8} {'KB':>8} {'page CPU s':>11} {'browser s':>10}")
+    print(f"{'tokens':>7} {'s':>6} {'pieces':>8} {'KB':>8} {'page CPU s':>11} {'browser s':>10}")
     for milestone in range(1000, tokens + 1, 1000):
         page.wait_for_function(
             "n => parseInt(document.querySelector('#chat .meter')?.innerText.match("
@@ -133,10 +133,10 @@ def measure(chromium: Any, process: Process, tokens: int) -> None:
             timeout=600_000,
         )
         now = figures()
-        cpu, browser, updates, size = (a - b for a, b in zip(now, before, strict=True))
+        cpu, browser, pieces, size = (a - b for a, b in zip(now, before, strict=True))
         seconds = time.monotonic() - began
         print(
-            f"{milestone:>7} {seconds:>6.1f} {updates:>8} {size / 1000:>8.0f} {cpu:>11.2f} "
+            f"{milestone:>7} {seconds:>6.1f} {pieces:>8} {size / 1000:>8.0f} {cpu:>11.2f} "
             f"{browser:>10.2f}"
         )
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
+import psutil
 import pytest
 import requests
 from conftest import ServiceFactory
@@ -169,6 +170,13 @@ def test_visitors_do_not_wait_for_each_other_and_the_queue_is_bounded() -> None:
 @contextmanager
 def started(*arguments: str, **environment: str) -> Iterator[str]:
     """`python llama3_app.py` on a free port, and its address."""
+    with started_process(*arguments, **environment) as (url, _):
+        yield url
+
+
+@contextmanager
+def started_process(*arguments: str, **environment: str) -> Iterator[tuple[str, int]]:
+    """The same, with the id of its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
@@ -183,7 +191,7 @@ def started(*arguments: str, **environment: str) -> Iterator[str]:
         try:
             assert process.stdout is not None
             line = next(line for line in process.stdout if "http://" in line)
-            yield line[line.index("http://") :].split()[0]
+            yield line[line.index("http://") :].split()[0], process.pid
         finally:
             process.terminate()
 
@@ -204,6 +212,13 @@ def test_a_started_page_keeps_its_secrets_and_serves_no_files() -> None:
         upload = requests.post(f"{url}/gradio_api/upload", files={"files": ("a.txt", b"x" * 100)})
         assert upload.status_code == 413
         assert '"share":false' in html.replace(" ", "") or "gradio.live" not in html
+
+
+def test_a_started_page_works_in_an_empty_directory_that_it_removes() -> None:
+    with started_process() as (_, pid):
+        place = Path(psutil.Process(pid).cwd())
+        assert list(place.iterdir()) == []
+    assert not place.exists()
 
 
 def test_a_page_with_a_password_asks_for_it() -> None:

@@ -127,6 +127,12 @@ def chosen(page: Page, name: str) -> Locator:
     return page.locator("#chat .option", has_text=name)
 
 
+def figure(service: Process, name: str) -> float:
+    """One of the service's own figures."""
+    lines = requests.get(service.url + "/metrics").text.splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
+
+
 def test_a_reply_is_seen_to_grow(visitor: Any) -> None:
     page = visitor(max_new_tokens=60, temperature=0)
     page.evaluate(
@@ -159,7 +165,7 @@ def test_stop_ends_a_reply_and_keeps_what_had_come(visitor: Any, service: Proces
         page.locator("#box .stop-button").click()
     expect(meters(page).last).to_contain_text("stopped")
     assert answers(page).last.inner_text()
-    assert "llm_requests_running 0" in requests.get(service.url + "/metrics").text.replace(".0", "")
+    assert figure(service, "llm_requests_running") == 0
     expect(chosen(page, "Continue")).to_be_visible()
 
 
@@ -390,6 +396,17 @@ def test_opening_another_conversation_ends_the_reply_in_this_one(
         next(stream)
         stream.close()
     expect(page.locator(".shelf .open")).to_have_text([ASK])
+
+
+def test_closing_the_page_ends_the_reply(visitor: Any, service: Process) -> None:
+    page = visitor(**LONG)
+    aborted = figure(service, 'llm_replies_total{finish_reason="abort"}')
+    send(page, ASK)
+    expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
+    page.context.close()
+    while figure(service, "llm_requests_running"):
+        pass
+    assert figure(service, 'llm_replies_total{finish_reason="abort"}') == aborted + 1
 
 
 def test_two_tabs_keep_each_others_conversations(visitor: Any) -> None:

@@ -16,7 +16,7 @@ from chat_page.words import words_for
 from stream_service.client import StreamClient
 
 WORDS = words_for("en")
-TIMEOUT = 60
+TIMEOUT = 20  # less than that of a gate, which ends a reply too
 
 
 def write(
@@ -42,18 +42,23 @@ def meanwhile(task: Callable[[], object], service: RunningService) -> Iterator[N
 
 
 def test_the_first_item_comes_at_once_and_the_others_together() -> None:
-    now, more = [0.0], threading.Semaphore(0)
+    begun, more = threading.Semaphore(0), threading.Semaphore(0)
 
     def items() -> Iterator[int]:
         yield 0
-        assert more.acquire(timeout=TIMEOUT)
-        yield from range(1, 5)
+        assert begun.acquire(timeout=TIMEOUT)
+        for n in range(1, 5):
+            assert more.acquire(timeout=TIMEOUT)
+            yield n
 
-    batched = batches(items(), lambda: 3600, lambda: now[0])
+    def clock() -> float:
+        more.release()  # the next item comes while this one waits for its company
+        return 0.0
+
+    batched = batches(items(), lambda: TIMEOUT, clock)
     assert next(batched) == [0]
-    more.release()
-    # An hour has not passed: only the end of the items can end the batch.
-    assert list(batched) == [[1, 2, 3, 4]]
+    begun.release()
+    assert list(batched) == [[1, 2, 3, 4]], "the time is not over, only the items are"
 
 
 def test_an_item_is_not_held_back_until_the_next_one_comes() -> None:

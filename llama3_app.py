@@ -358,5 +358,6 @@ def main() -> None:
         )
 
 
-if __name__ == "__main__":
+# `gradio llama3_app.py` runs this file again at each change, for `demo` alone.
+if __name__ == "__main__" and gr.NO_RELOAD:
     main()

@@ -133,6 +133,17 @@ def figure(service: Process, name: str) -> float:
     return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
 
 
+@contextmanager
+def both_places_taken(service: Process) -> Iterator[None]:
+    client = StreamClient(service.url)
+    busy = [client.stream(ASK, min_new_tokens=1500, max_new_tokens=1500) for _ in range(2)]
+    for stream in busy:
+        next(stream)
+    yield
+    for stream in busy:
+        stream.close()
+
+
 def test_a_reply_is_seen_to_grow(visitor: Any) -> None:
     page = visitor(max_new_tokens=60, temperature=0)
     page.evaluate(
@@ -171,17 +182,11 @@ def test_stop_ends_a_reply_and_keeps_what_had_come(visitor: Any, service: Proces
 
 def test_stop_ends_a_reply_before_its_first_word(visitor: Any, service: Process) -> None:
     page = visitor(**SHORT)
-    client = StreamClient(service.url)
-    busy = [client.stream(ASK, min_new_tokens=1500, max_new_tokens=1500) for _ in range(2)]
-    for stream in busy:
-        next(stream)
-    with writing(page):
+    with both_places_taken(service), writing(page):
         send(page, "Never mind.")
         expect(meters(page).last).to_contain_text("Place 1 in the queue")
         page.locator("#box .stop-button").click()
-    expect(meters(page).last).to_contain_text("stopped")
-    for stream in busy:
-        stream.close()
+        expect(meters(page).last).to_contain_text("stopped")
     expect(answers(page)).to_have_count(0)
 
 
@@ -390,12 +395,18 @@ def test_opening_another_conversation_ends_the_reply_in_this_one(
     page.get_by_role("button", name="New conversation").click()
     expect(page.locator("#chat .message-row")).to_have_count(0)
     expect(page.locator("#box .submit-button")).to_be_visible()
-    # It is not computed any further: both places of the service are free.
-    streams = [StreamClient(service.url).stream("hi", max_new_tokens=9) for _ in range(2)]
-    for stream in streams:
-        next(stream)
-        stream.close()
-    expect(page.locator(".shelf .open")).to_have_text([ASK])
+    while figure(service, "llm_requests_running"):
+        pass
+    with both_places_taken(service):
+        send(page, "Never mind.")
+        expect(meters(page).last).to_contain_text("Place 1 in the queue")
+        page.locator(".shelf .open", has_text=ASK).click()
+        expect(page.locator("#chat .user-row")).to_have_text(re.compile(ASK))
+        while figure(service, "llm_requests_waiting"):
+            pass
+        assert figure(service, "llm_requests_running") == 2, "the others have not ended"
+    expect(page.locator(".shelf .open")).to_have_text(["Never mind.", ASK])
+    expect(page.locator("#chat .user-row")).to_have_text(re.compile(ASK))
 
 
 def test_closing_the_page_ends_the_reply(visitor: Any, service: Process) -> None:

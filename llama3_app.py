@@ -3,63 +3,361 @@
     python llama3_app.py        or        gradio llama3_app.py
 
 It reaches the service over HTTP alone, at LLAMA3_ADDRESS or else ADDRESS, with LLAMA3_API_KEY if
-there is one.
+there is one, which stays in this process. This file connects what is in `chat_page`: the visitor's
+conversation lives in their browser (the shelf), comes along with each event, and goes back changed.
 """
 
+import argparse
 import os
+import signal
+import tempfile
+import time
 from collections.abc import Iterator
+from html import escape
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 import gradio as gr
+from pydantic import ValidationError
 
+from chat_page import files, parts
+from chat_page.controls import About, Controls, settings_of
+from chat_page.conversation import Conversation, Settings
+from chat_page.look import HEAD, STYLE, THEME
+from chat_page.markup import LATEX_DELIMITERS, unmarked
+from chat_page.reply import Replies, sentence
+from chat_page.tokens import Token, branch, for_view, text_of
+from chat_page.transcript import finished, in_progress, transcript, turn_at
+from chat_page.words import Words, i18n, language_of, preset, words_of
 from stream_service.client import StreamClient, StreamError
 
 ADDRESS = "http://127.0.0.1:8800"
+REPLIES_AT_ONCE = 64  # each holds a thread
+SECONDS_BETWEEN_SAVES = 2.0
 
+Updates = dict[Any, Any]
 
-def reply(message: str, history: list[dict[str, Any]], system_prompt: str | None) -> Iterator[str]:
-    """The model's reply to `message`, longer with each delta."""
-    conversation = [{"role": turn["role"], "content": turn["content"]} for turn in history]
-    if system_prompt and system_prompt.strip():  # Gradio sends None for a box never touched
-        conversation.insert(0, {"role": "system", "content": system_prompt})
-    conversation.append({"role": "user", "content": message})
-    client = StreamClient(
-        os.environ.get("LLAMA3_ADDRESS", ADDRESS), api_key=os.environ.get("LLAMA3_API_KEY")
-    )
-    text = ""
-    try:
-        with client.stream(conversation) as deltas:
-            for delta in deltas:
-                text += delta
-                yield text
-    except StreamError as error:
-        yield f"{text}\n\n⚠️ {_sentence(error, client.url)}".strip()
-
-
-def _sentence(error: StreamError, address: str) -> str:
-    """What went wrong and what to do, for a person."""
-    if error.status is None and not error.text:
-        return f"The service at {address} is not there. Start llama3_service.py, then try again."
-    if error.status is None:
-        return "The connection to the service was lost in the middle of the reply. Try again."
-    return f"The service could not reply: {error}"
-
-
-demo = gr.ChatInterface(
-    reply,
-    title="Llama 3, streamed",
-    chatbot=gr.Chatbot(show_label=False, buttons=["copy"], height="70vh"),
-    additional_inputs=[
-        gr.Textbox(label="System prompt", placeholder="You are a helpful assistant.", lines=2)
-    ],
-    additional_inputs_accordion=gr.Accordion("Settings", open=False),
-    api_name="chat",
-    concurrency_limit=None,  # visitors do not wait for each other
-    flagging_mode="never",
-    analytics_enabled=False,
+client = StreamClient(
+    os.environ.get("LLAMA3_ADDRESS", ADDRESS), api_key=os.environ.get("LLAMA3_API_KEY")
 )
+replies = Replies(client)
 
-if __name__ == "__main__":
-    demo.launch(footer_links=["gradio", "settings"])
+
+def ask_about() -> About:
+    """What the service says of itself. Raises `StreamError`."""
+    try:
+        return About.model_validate(client.about())
+    except ValidationError as error:
+        raise StreamError(f"what answers at {client.url} is not this service") from error
+
+
+def received(value: Any) -> Conversation:
+    """The conversation that the browser sent, or a new one where it is none."""
+    try:
+        return Conversation.model_validate(value)
+    except ValidationError:
+        return Conversation()
+
+
+def show(value: Any, reply_id: str | None, request: gr.Request) -> Updates:
+    """Open a conversation: its messages and settings, under what the service offers now."""
+    replies.leave(reply_id)
+    conversation, words = received(value), words_of(request)
+    about = None
+    try:
+        about = ask_about()
+        head, line = about.model, words("ready", context=about.context_length)
+    except StreamError as error:
+        head, line = words("title"), sentence(error, words)
+    return {
+        shelf: conversation.model_dump(),
+        chat: gr.update(value=transcript(conversation, words), placeholder=words("welcome")),
+        status: f"<h1>{escape(head)}</h1><p>{escape(line)}</p>",
+        service: about,
+        tokens: (),
+        token_view: [],
+        box: gr.update(submit_btn=True, stop_btn=False),
+        **controls.updates(conversation.settings, about),
+    }
+
+
+def show_new(reply_id: str | None, request: gr.Request) -> Updates:
+    return show(None, reply_id, request)
+
+
+def show_file(text: Any, reply_id: str | None, request: gr.Request) -> Updates:
+    try:
+        conversation = files.from_json(str(text))
+    except files.NotAConversation:
+        gr.Warning(words_of(request)("not_a_conversation"))
+        return {}
+    return show(conversation.model_dump(), reply_id, request)
+
+
+def write(
+    conversation: Conversation,
+    request: gr.Request,
+    about: About | None,
+    with_tokens: bool,
+    begun: tuple[Token, ...] = (),
+) -> Iterator[Updates]:
+    """Let the reply grow on the page, and keep the conversation with it now and then."""
+    words = words_of(request)
+    reply_id = replies.open()
+    earlier = finished(conversation.unanswered().turns, words)
+    yield {
+        box: gr.update(value="", submit_btn=False, stop_btn=True),
+        shelf: conversation.model_dump(),
+        running: reply_id,
+    }
+    saved = time.monotonic()
+    for progress in replies.write(
+        reply_id,
+        conversation,
+        words,
+        context_length=about.context_length if about else None,
+        begun=begun if with_tokens else None,
+    ):
+        if progress.is_last:
+            yield end_of(conversation.replied(progress.turn), progress.tokens, words)
+            return
+        updates: Updates = {chat: [*earlier, *in_progress(progress, words)]}
+        if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            updates[shelf] = conversation.replied(progress.turn).model_dump()
+            saved = time.monotonic()
+        yield updates
+
+
+def end_of(conversation: Conversation, seen: tuple[Token, ...], words: Words) -> Updates:
+    return {
+        chat: transcript(conversation, words),
+        shelf: conversation.model_dump(),
+        tokens: seen,
+        token_view: for_view(seen),
+        box: gr.update(submit_btn=True, stop_btn=False),
+        running: None,
+    }
+
+
+def send(
+    message: str,
+    value: Any,
+    about: About | None,
+    with_tokens: bool,
+    request: gr.Request,
+    *settings: Any,
+) -> Iterator[Updates]:
+    if message and message.strip():
+        conversation = received(value).with_settings(settings_of(settings, about))
+        yield from write(conversation.asked(message), request, about, with_tokens)
+
+
+def retry(
+    value: Any, about: About | None, with_tokens: bool, request: gr.Request, *settings: Any
+) -> Iterator[Updates]:
+    conversation = received(value).with_settings(settings_of(settings, about))
+    yield from write(conversation.unanswered(), request, about, with_tokens)
+
+
+def edit(
+    value: Any,
+    about: About | None,
+    with_tokens: bool,
+    request: gr.Request,
+    change: gr.EditData,
+    *settings: Any,
+) -> Iterator[Updates]:
+    conversation = received(value).with_settings(settings_of(settings, about))
+    index = turn_at(conversation, change.index, words_of(request))
+    conversation = conversation.edited(index, unmarked(change.value))
+    yield from write(conversation, request, about, with_tokens)
+
+
+def go_on(
+    value: Any,
+    about: About | None,
+    with_tokens: bool,
+    request: gr.Request,
+    way: gr.SelectData,
+    *settings: Any,
+) -> Iterator[Updates]:
+    """What the buttons under a reply do that is missing or was cut short."""
+    conversation = received(value).with_settings(settings_of(settings, about))
+    if way.value == "again":
+        conversation = conversation.unanswered()
+    yield from write(conversation, request, about, with_tokens)
+
+
+def take(
+    value: Any,
+    about: About | None,
+    seen: tuple[Token, ...],
+    request: gr.Request,
+    choice: gr.EventData,
+    *settings: Any,
+) -> Iterator[Updates]:
+    """Go on from another token than the one that was drawn."""
+    conversation = received(value).with_settings(settings_of(settings, about))
+    reply = conversation.last_reply
+    if reply is None or not reply.content.endswith(text_of(seen)):
+        return
+    begun = branch(seen, choice.token, choice.choice)
+    before = reply.content.removesuffix(text_of(seen))
+    turn = reply.model_copy(update={"content": before + text_of(begun), "problem": None})
+    yield from write(conversation.replied(turn), request, about, True, begun)
+
+
+def undo(value: Any, request: gr.Request) -> Updates:
+    conversation, message = received(value).undone()
+    return {
+        shelf: conversation.model_dump(),
+        chat: transcript(conversation, words_of(request)),
+        box: message,
+    }
+
+
+def fill_prompt(name: str, request: gr.Request) -> str:
+    return preset(name, language_of(request))
+
+
+def keep_settings(value: Any, about: About | None, *settings: Any) -> dict[str, Any]:
+    return received(value).with_settings(settings_of(settings, about)).model_dump()
+
+
+def download(value: Any, ending: str) -> dict[str, Any]:
+    conversation = received(value)
+    make = files.to_json if ending == "json" else files.to_markdown
+    # The time makes two downloads of the same two values.
+    name = files.file_name(conversation, ending)
+    return {"name": name, "text": make(conversation), "at": time.time()}
+
+
+with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=True) as demo:
+    service = gr.State(None)  # About, as far as it is known
+    running = gr.State(None)  # the id of the reply that is being written
+    tokens = gr.State(())  # of the last reply
+    saved_file = parts.download()
+    with gr.Sidebar(width=280, elem_id="left"):
+        new = gr.Button(i18n("new"), variant="primary")
+        shelf = parts.conversation_shelf()
+        with gr.Row():
+            as_markdown = gr.Button(i18n("export_markdown"), size="sm", min_width=80)
+            as_json = gr.Button(i18n("export_json"), size="sm", min_width=80)
+    with gr.Sidebar(position="right", open=False, width=320, elem_id="right"):
+        with_tokens = gr.Checkbox(
+            label=i18n("token_view"), info=i18n("token_view_info"), container=False
+        )
+        controls = Controls()
+    status = gr.HTML(elem_id="status")
+    chat = gr.Chatbot(
+        show_label=False,
+        label=i18n("chat"),
+        buttons=["copy"],
+        editable="user",
+        layout="panel",
+        group_consecutive_messages=False,
+        latex_delimiters=LATEX_DELIMITERS,
+        feedback_options=None,
+        scale=1,
+        elem_id="chat",
+    )
+    with gr.Group(visible=False, elem_id="tokens") as token_panel:
+        token_view = parts.token_view()
+    box = gr.Textbox(
+        placeholder=i18n("ask"),
+        label=i18n("message"),
+        show_label=False,
+        submit_btn=True,
+        lines=1,
+        max_lines=10,
+        autofocus=True,
+        elem_id="box",
+    )
+
+    fields = list(controls.fields.values())
+    every_field = [controls.preset, *fields]
+    opening = {
+        "outputs": [shelf, chat, status, service, tokens, token_view, box, *fields],
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
+    writing = {
+        "outputs": [box, shelf, chat, running, tokens, token_view],
+        "show_progress": "hidden",
+        "api_visibility": "private",
+        "concurrency_limit": REPLIES_AT_ONCE,
+        "concurrency_id": "replies",
+    }
+    small = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+    context = [shelf, service, with_tokens]
+
+    written = [
+        box.submit(send, [box, *context, *fields], **writing),
+        chat.retry(retry, [*context, *fields], **writing),
+        chat.edit(edit, [*context, *fields], **writing),
+        chat.option_select(go_on, [*context, *fields], **writing),
+        token_view.take(take, [shelf, service, tokens, *fields], **writing),
+    ]
+    box.stop(replies.stop, running, None, **small)
+    chat.undo(undo, shelf, [shelf, chat, box], **small)
+    opening["cancels"] = written
+    demo.load(show, [shelf, running], js=parts.OPENED, **opening)
+    shelf.choose(show, [shelf, running], js=parts.CHOSEN, **opening)
+    shelf.bring(show_file, [shelf, running], js=parts.BROUGHT, **opening)
+    new.click(show_new, running, **opening)
+    shelf.fresh(show_new, running, **opening)
+
+    for field in fields:
+        changed = field.release if isinstance(field, gr.Slider) else field.blur
+        changed(keep_settings, [shelf, service, *fields], shelf, **small)
+    controls.preset.input(fill_prompt, controls.preset, controls.system_prompt, **small)
+    controls.reset.click(
+        lambda about: controls.updates(Settings(), about), service, fields, **small
+    ).then(keep_settings, [shelf, service, *fields], shelf, **small)
+    with_tokens.input(lambda on: gr.update(visible=on), with_tokens, token_panel, **small)
+    as_markdown.click(lambda value: download(value, "md"), shelf, saved_file, **small)
+    as_json.click(lambda value: download(value, "json"), shelf, saved_file, **small)
+
+demo.queue(max_size=4 * REPLIES_AT_ONCE, default_concurrency_limit=None)
+
+
+def main() -> None:
+    """Serve the page until it is ended."""
+    parser = argparse.ArgumentParser(description="The chat page of a running LLM Stream Service.")
+    parser.add_argument(
+        "--auth",
+        metavar="NAME:PASSWORD",
+        default=os.environ.get("LLAMA3_APP_AUTH"),
+        help="ask visitors for them. Others on the machine can read a command line: "
+        "LLAMA3_APP_AUTH is better",
+    )
+    parser.add_argument(
+        "--share", action="store_true", help="a public address by Gradio's relay (off)"
+    )
+    args = parser.parse_args()
+    name, _, password = (args.auth or "").partition(":")
+    if args.auth and not (name and password):
+        parser.error("--auth wants NAME:PASSWORD")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what follows is tidied up
+    with tempfile.TemporaryDirectory(prefix="llm-chat-page-") as empty:
+        os.environ["GRADIO_TEMP_DIR"] = empty
+        os.chdir(empty)  # Gradio may serve what lies where it runs
+        demo.launch(
+            auth=(name, password) if args.auth else None,
+            share=args.share,
+            max_threads=REPLIES_AT_ONCE + 16,
+            max_file_size=1,
+            run_history=False,
+            ssr_mode=False,
+            footer_links=[],
+            i18n=i18n,
+            theme=THEME,
+            css=STYLE,
+            head=HEAD,
+        )
+
+
+# `gradio llama3_app.py` runs this file again at each change, for `demo` alone.
+if __name__ == "__main__" and gr.NO_RELOAD:
+    main()

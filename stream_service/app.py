@@ -188,7 +188,7 @@ def _add_routes(app: Flask, engine: Engine) -> None:
         body = read_body(StreamRequest)
         prompt = _prompt(checkpoint, body)
         tokens = admission.submit([prompt.ids], body.sampling())[0]
-        events = wire.events(tokens, checkpoint.name, prompt, body.history_after)
+        events = wire.events(tokens, checkpoint, prompt, body.history_after)
         if form is wire.TEXT:
             # No event can tell a failure here, so the status waits for the first token.
             events = _from_first_token(events, tokens)

@@ -38,12 +38,13 @@ class ReplyStream:
     """An iterator of text deltas. Leaving it, by `with` or by `close`, ends the generation.
 
     `start` is the stream's first event; `end` its last, once the iterator is exhausted: finish
-    reason, usage, timings, history. `text` is all that has been received.
+    reason, usage, timings, history. `text` is all that has been received. `events` is the same
+    stream with all that the service tells: use one or the other.
     """
 
     def __init__(self, response: requests.Response):
         self._response = response
-        self._deltas = self._read()
+        self._events = self._read()
         self.start: dict[str, Any] = {}
         self.end: dict[str, Any] = {}
         self.text = ""
@@ -52,11 +53,19 @@ class ReplyStream:
         return self
 
     def __next__(self) -> str:
-        return next(self._deltas)
+        for event in self._events:
+            if event["event"] == "delta" and event["delta"]:
+                delta: str = event["delta"]
+                return delta
+        raise StopIteration
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Each event as the service sent it: `start`, `queue` while it waits, `delta`, `end`."""
+        return self._events
 
     def close(self) -> None:
         """Close the connection; the service then stops generating. More than once is fine."""
-        self._deltas.close()
+        self._events.close()
         self._response.close()
 
     def __enter__(self) -> Self:
@@ -70,7 +79,7 @@ class ReplyStream:
     ) -> None:
         self.close()
 
-    def _read(self) -> Generator[str, None, None]:
+    def _read(self) -> Generator[dict[str, Any], None, None]:
         try:
             # chunk_size None: each chunk as it arrives; a number would wait until it is full.
             for line in self._response.iter_lines(chunk_size=None):
@@ -82,10 +91,11 @@ class ReplyStream:
                     raise _failure(event, self._response.status_code, self.text)
                 elif kind == "end":
                     self.end = event
-                    return
-                elif kind == "delta" and event["delta"]:
+                elif kind == "delta":
                     self.text += event["delta"]
-                    yield event["delta"]
+                yield event
+                if kind == "end":
+                    return
         except (requests.RequestException, ValueError, LookupError, TypeError) as error:
             raise StreamError("the stream broke off", text=self.text) from error
         finally:
@@ -130,13 +140,13 @@ class StreamClient:
         headers = {"Accept": "application/x-ndjson"}
         if request_id is not None:
             headers["X-Request-Id"] = request_id
-        response = self._post("/stream", body, headers, stream=True)
+        response = self._ask("POST", "/stream", body, headers, stream=True)
         return ReplyStream(response)
 
     def chat(self, messages: str | list[dict[str, Any]], **params: Any) -> dict[str, Any]:
         """The whole reply at once: the object of `POST /chat`. Raises `StreamError`."""
         body = {"query" if isinstance(messages, str) else "messages": messages, **params}
-        with self._post("/chat", body, {}, stream=False) as response:
+        with self._ask("POST", "/chat", body) as response:
             result: dict[str, Any] = response.json()
             return result
 
@@ -145,17 +155,35 @@ class StreamClient:
 
         request_id: what `stream` was given as one, or the id in its first event.
         """
-        with self._post(f"/stop/{request_id}", {}, {}, stream=False) as response:
+        with self._ask("POST", f"/stop/{request_id}", {}) as response:
             result: dict[str, Any] = response.json()
             return result
 
-    def _post(
-        self, path: str, body: dict[str, Any], headers: dict[str, str], *, stream: bool
+    def about(self) -> dict[str, Any]:
+        """The model, its context, defaults and bounds: `GET /`. Raises `StreamError`."""
+        with self._ask("GET", "/") as response:
+            about = _json_of(response)
+        if "model" not in about:
+            raise StreamError(f"what answers at {self.url} is not this service")
+        return about
+
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        headers: dict[str, str] | None = None,
+        *,
+        stream: bool = False,
     ) -> requests.Response:
-        headers = self._headers | headers
         try:
-            response = requests.post(
-                self.url + path, json=body, headers=headers, stream=stream, timeout=self._timeout
+            response = requests.request(
+                method,
+                self.url + path,
+                json=body,
+                headers=self._headers | (headers or {}),
+                stream=stream,
+                timeout=self._timeout,
             )
         except requests.ConnectionError as error:
             raise StreamError(f"the service at {self.url} cannot be reached") from error

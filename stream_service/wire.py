@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stream_generator.chat import Prompt
+from stream_generator.checkpoint import Checkpoint
 from stream_generator.errors import StreamGeneratorError
 from stream_generator.sequence import Choice, QueuePosition, Sequence
 from stream_generator.token_stream import TokenStream
@@ -56,14 +57,17 @@ FORMS = {form.content_type: form for form in (TEXT, NDJSON, SSE)}
 
 
 def events(
-    stream: TokenStream, model: str, prompt: Prompt, history_after: Callable[[str], list[Any]]
+    stream: TokenStream,
+    checkpoint: Checkpoint,
+    prompt: Prompt,
+    history_after: Callable[[str], list[Any]],
 ) -> Iterator[Event | None]:
     """The events of one request, in order; None where nothing came for a heartbeat's time.
 
     history_after: from the reply's text to the history that the next query is to bring along.
     The last event is "end" or "error", and nothing follows it.
     """
-    yield start_event(stream.sequence, model, prompt)
+    yield start_event(stream.sequence, checkpoint.name, prompt)
     is_first = True
     while True:
         try:
@@ -79,7 +83,7 @@ def events(
         else:
             if output.choice is not None or output.delta:
                 delta: Event = {"event": "delta", "delta": output.delta, "finished": False}
-                delta |= logprobs(output.choice)
+                delta |= logprobs(output.choice, checkpoint)
                 if is_first:
                     delta["cached_tokens"] = stream.sequence.cached_tokens
                     is_first = False
@@ -89,15 +93,18 @@ def events(
                 return
 
 
-def logprobs(choice: Choice | None) -> dict[str, Any]:
-    """The id, its log-probability and its alternatives, if they were asked for."""
+def logprobs(choice: Choice | None, checkpoint: Checkpoint) -> Event:
+    """The token, its log-probability and its alternatives, if they were asked for."""
     if choice is None or choice.logprob is None:
         return {}
-    return {
-        "id": choice.token_id,
-        "logprob": round(choice.logprob, 6),
-        "alternatives": [{"id": i, "logprob": round(p, 6)} for i, p in choice.alternatives],
-    }
+
+    def token(token_id: int, logprob: float) -> Event:
+        # Alone, a part of a character has no text of its own.
+        text = checkpoint.token_bytes(token_id).decode(errors="replace")
+        return {"id": token_id, "token": text, "logprob": round(logprob, 6)}
+
+    alternatives = [token(i, p) for i, p in choice.alternatives]
+    return {**token(choice.token_id, choice.logprob), "alternatives": alternatives}
 
 
 def start_event(sequence: Sequence, model: str, prompt: Prompt) -> Event:

@@ -60,6 +60,22 @@ def test_deltas_come_one_by_one_and_the_end_tells_the_rest(serve: ServiceFactory
     assert reply.end["usage"]["completion_tokens"] == 2
 
 
+def test_events_tell_all_that_the_service_does(serve: ServiceFactory) -> None:
+    reply = StreamClient(serve(fake_checkpoint(says("ab"))).url).stream("hi", logprobs=1)
+    events = list(reply.events())
+    assert [e["event"] for e in events if e["event"] != "queue"] == ["start", *["delta"] * 2, "end"]
+    assert [e["token"] for e in events if e["event"] == "delta"] == ["a", "b"]
+    assert (events[0], events[-1], reply.text) == (reply.start, reply.end, "ab")
+
+
+def test_the_service_tells_about_itself(serve: ServiceFactory) -> None:
+    about = StreamClient(serve(fake_checkpoint(says("a"))).url).about()
+    assert (about["model"], about["bounds"]["top_p"]["maximum"]) == ("fake", 1)
+    with answers(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi") as url:
+        with pytest.raises(StreamError, match="not this service"):
+            StreamClient(url).about()
+
+
 def test_messages_and_the_whole_reply_at_once(serve: ServiceFactory) -> None:
     client = StreamClient(serve(fake_checkpoint(says("ab"))).url + "/")
     assert client.chat([{"role": "user", "content": "hi"}])["response"] == "ab"

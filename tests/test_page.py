@@ -1,99 +1,188 @@
-"""The chat page's side of the stream."""
+"""The chat page: what its events do with a conversation, and what it keeps to itself."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
-import gradio_client
+import psutil
 import pytest
+import requests
 from conftest import ServiceFactory
-from fakes import Gate, fake_checkpoint, says
+from fakes import fake_checkpoint, says
 
-import llama3_app
+import llama3_app as page
+from chat_page.controls import About, settings_of
+from chat_page.conversation import Conversation, Settings
+from chat_page.reply import Replies
+from chat_page.tokens import Alternative
+from stream_service.client import StreamClient
 
 ROOT = Path(__file__).parent.parent
-
-
-def replies(message: str = "hi", history: Any = (), system_prompt: str = "") -> list[str]:
-    return list(llama3_app.reply(message, list(history), system_prompt))
+NOTHING_CHOSEN = ("", None, None, None, None, None, None, None, "")
 
 
 @pytest.fixture
-def address(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda url: monkeypatch.setenv("LLAMA3_ADDRESS", url)
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Have the page talk to the service at this address."""
+
+    def use(url: str) -> None:
+        client = StreamClient(url)
+        monkeypatch.setattr(page, "client", client)
+        monkeypatch.setattr(page, "replies", Replies(client))
+
+    return use
 
 
-def test_the_reply_grows_with_each_delta(serve: ServiceFactory, address: Any) -> None:
-    gate = Gate(says("abc"))
-    address(serve(fake_checkpoint(gate)).url)
-    growing = llama3_app.reply("hi", [], "")
-    for n, expected in enumerate(["a", "ab", "abc"], start=1):
-        gate.allow()
-        assert next(growing) == expected
-        assert gate.computed == n
-    gate.allow()
-    assert list(growing) == []
+def outcome(updates: Iterator[dict[Any, Any]]) -> dict[Any, Any]:
+    """What each component has in the end."""
+    shown: dict[Any, Any] = {}
+    for update in updates:
+        shown |= update
+    return shown
 
 
-def test_history_and_system_prompt_go_along(serve: ServiceFactory, address: Any) -> None:
-    prompts: list[bytes] = []
-
-    def spy(ids: list[int]) -> int:
-        prompts.append(bytes(i for i in ids if i < 256))
-        return says("x")(ids)
-
-    address(serve(fake_checkpoint(spy)).url)
-    history = [  # as Gradio hands it over
-        {"role": "user", "metadata": None, "content": [{"type": "text", "text": "a"}]},
-        {"role": "assistant", "metadata": None, "content": [{"type": "text", "text": "b"}]},
-    ]
-    assert replies("c", history, "p") == ["x"]
-    assert prompts[0] == b"system:puser:aassistant:buser:cassistant:"
+def kept(shown: dict[Any, Any]) -> list[str]:
+    return [turn["content"] for turn in shown[page.shelf]["turns"]]
 
 
-def test_what_goes_wrong_is_a_sentence_in_the_chat(serve: ServiceFactory, address: Any) -> None:
-    address("http://127.0.0.1:9")
-    (sentence,) = replies()
-    assert "is not there" in sentence
-    assert "llama3_service.py" in sentence
-
-    def breaks(ids: list[int]) -> int:
-        if bytes(ids[-1:]) == b"b":
-            raise RuntimeError
-        return says("abc")(ids)
-
-    address(serve(fake_checkpoint(breaks)).url)
-    *_, last = replies()
-    assert last.startswith("ab\n\n⚠️ The service could not reply:")
-    (refused,) = replies("a" * 2000)
-    assert "context holds 512" in refused
+def ask(message: str, value: Any = None, with_tokens: bool = False) -> dict[Any, Any]:
+    return outcome(page.send(message, value, None, with_tokens, None, *NOTHING_CHOSEN))
 
 
-def test_the_page_is_set_as_promised() -> None:
-    page = llama3_app.demo
-    assert isinstance(page, gr.ChatInterface)
-    assert page.concurrency_limit is None
-    assert page.analytics_enabled is False
+def test_a_message_is_answered_and_the_conversation_kept(serve: ServiceFactory, at: Any) -> None:
+    at(serve(fake_checkpoint(says("彩虹!"))).url)
+    shown = ask("hi")
+    assert kept(shown) == ["hi", "彩虹!"]
+    assert kept(ask("more", shown[page.shelf])) == ["hi", "彩虹!", "more", "彩虹!"]
+    assert shown[page.box] == gr.update(submit_btn=True, stop_btn=False)
+    assert shown[page.running] is None
+    assert outcome(page.send("  ", None, None, False, None, *NOTHING_CHOSEN)) == {}
 
 
-def test_the_page_starts_and_streams_what_a_visitor_asks(serve: ServiceFactory) -> None:
-    """`python llama3_app.py` on a free port; a visitor who touches nothing but the message box."""
+def test_the_visitors_message_is_kept_before_its_reply(serve: ServiceFactory, at: Any) -> None:
+    at(serve(fake_checkpoint(says("a"))).url)
+    first = next(page.send("hi", None, None, False, None, *NOTHING_CHOSEN))
+    assert kept(first) == ["hi"]
+    assert first[page.box]["stop_btn"] is True
+    assert first[page.running]
+
+
+def test_retry_edit_undo_and_going_on(serve: ServiceFactory, at: Any) -> None:
+    at(serve(fake_checkpoint(says("abcd"))).url)
+    short = (*NOTHING_CHOSEN[:6], 2, None, "")
+    about = page.ask_about()
+    cut = outcome(page.send("hi", None, about, False, None, *short))
+    assert kept(cut) == ["hi", "ab"]
+    value = cut[page.shelf]
+    context = (value, about, False, None)
+    on = outcome(page.go_on(*context, SimpleNamespace(value="go_on"), *NOTHING_CHOSEN))
+    assert kept(on) == ["hi", "abcd"]
+    again = outcome(page.go_on(*context, SimpleNamespace(value="again"), *NOTHING_CHOSEN))
+    assert kept(again) == ["hi", "abcd"]
+    assert kept(outcome(page.retry(*context, *short))) == ["hi", "ab"]
+    change = SimpleNamespace(index=0, value="h\u2060o")
+    assert kept(outcome(page.edit(*context, change, *short))) == ["ho", "ab"]
+    undone = page.undo(value, None)
+    assert (kept(undone), undone[page.box]) == ([], "hi")
+
+
+def test_another_token_can_be_taken(serve: ServiceFactory, at: Any) -> None:
+    at(serve(fake_checkpoint(says("abcd"))).url)
+    shown = ask("hi", with_tokens=True)
+    assert [token.text for token in shown[page.tokens]] == list("abcd")
+    assert [cell["text"] for cell in shown[page.token_view]] == list("abcd")
+    other = shown[page.tokens][1].model_copy(update={"alternatives": (Alternative("Z", 0.1),)})
+    tokens = (*shown[page.tokens][:1], other, *shown[page.tokens][2:])
+    choice = SimpleNamespace(token=1, choice=0)
+    after = outcome(page.take(shown[page.shelf], None, tokens, None, choice, *NOTHING_CHOSEN))
+    assert kept(after) == ["hi", "aZcd"]
+    assert [token.text for token in after[page.tokens]] == ["a", "Z", "c", "d"]
+    stale = outcome(page.take(None, None, tokens, None, choice, *NOTHING_CHOSEN))
+    assert stale == {}
+
+
+def test_what_the_browser_sends_is_not_trusted() -> None:
+    for nonsense in (None, 7, "x", {"turns": [{"role": "system", "content": "x"}]}, [1]):
+        assert page.received(nonsense).turns == ()
+
+
+def test_a_conversation_opens_with_its_settings(serve: ServiceFactory, at: Any) -> None:
+    at(serve(fake_checkpoint(says("a"))).url)
+    settings = Settings(temperature=1.5, stop=("x", "y"), system_prompt="p")
+    value = Conversation().asked("hi").with_settings(settings).model_dump()
+    shown = page.show(value, None, None)
+    fields = page.controls.fields
+    assert shown[fields["temperature"]]["value"] == 1.5
+    assert shown[fields["temperature"]]["maximum"] == 5
+    assert shown[fields["max_new_tokens"]]["maximum"] == 512
+    assert shown[fields["stop"]]["value"] == "x\ny"
+    assert shown[fields["system_prompt"]]["value"] == "p"
+    assert "fake" in shown[page.status]
+    assert kept(shown) == ["hi"]
+
+
+def test_a_service_that_is_away_is_said_and_the_conversation_still_opens(at: Any) -> None:
+    at("http://127.0.0.1:9")
+    shown = page.show(Conversation().asked("hi").model_dump(), None, None)
+    assert "is not there" in shown[page.status]
+    assert kept(shown) == ["hi"]
+
+
+def test_only_settings_that_differ_from_the_models_own_are_chosen() -> None:
+    about = About(model="m", context_length=9, defaults={"temperature": 0.6, "top_p": 0.9})
+    same = ("", 0.6, 0.9, 0, 0, 1, None, None, "")
+    assert settings_of(same, about) == Settings()
+    other = ("p", 0.7, 0.9, 5, 0, 1.1, 7, 3, "a\n\nb")
+    assert settings_of(other, about) == Settings(
+        system_prompt="p", temperature=0.7, top_k=5, repetition_penalty=1.1, max_new_tokens=7,
+        seed=3, stop=("a", "b"),
+    )  # fmt: skip
+
+
+def test_the_pages_settings_are_ones_that_the_service_knows(serve: ServiceFactory, at: Any) -> None:
+    at(serve(fake_checkpoint(says("a"))).url)
+    about = page.ask_about()
+    names = set(Settings.model_fields) - {"system_prompt"}
+    assert names <= about.bounds.keys()
+    for name in names - {"stop"}:
+        ends = about.range(name)
+        assert 0 <= ends["minimum"] < ends["maximum"] < 2**53
+
+
+def test_visitors_do_not_wait_for_each_other_and_the_queue_is_bounded() -> None:
+    functions = page.demo.fns.values()
+    writers = [f for f in functions if f.concurrency_id == "replies"]
+    assert len(writers) == 5
+    assert all(f.concurrency_limit == page.REPLIES_AT_ONCE for f in writers)
+    assert page.demo._queue.max_size is not None
+    assert page.demo.analytics_enabled is False
+    assert all(f.api_visibility == "private" for f in functions), "the service is the API"
+
+
+@contextmanager
+def started(*arguments: str, **environment: str) -> Iterator[str]:
+    """`python llama3_app.py` on a free port, and its address."""
+    with started_process(*arguments, **environment) as (url, _):
+        yield url
+
+
+@contextmanager
+def started_process(*arguments: str, **environment: str) -> Iterator[tuple[str, int]]:
+    """The same, with the id of its process."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "GRADIO_SERVER_PORT": str(port),
-        "PYTHONUNBUFFERED": "1",
-        "LLAMA3_ADDRESS": serve(fake_checkpoint(says("彩虹!"))).url,
-    }
     process = subprocess.Popen(
-        [sys.executable, "llama3_app.py"],
+        [sys.executable, "llama3_app.py", *arguments],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -102,10 +191,41 @@ def test_the_page_starts_and_streams_what_a_visitor_asks(serve: ServiceFactory) 
         try:
             assert process.stdout is not None
             line = next(line for line in process.stdout if "http://" in line)
-            url = line[line.index("http://") :].split()[0]
-            visitor = gradio_client.Client(url, verbose=False)
-            *_, last = visitor.submit("hi", None, api_name="/chat")
-            visitor.close()
-            assert "彩虹!" in str(last)
+            yield line[line.index("http://") :].split()[0], process.pid
         finally:
             process.terminate()
+
+
+def test_a_started_page_keeps_its_secrets_and_serves_no_files() -> None:
+    with started(LLAMA3_API_KEY="a-secret-key", LLAMA3_ADDRESS="http://127.0.0.1:9") as url:
+        html = requests.get(url).text
+        assert "Content-Security-Policy" in html
+        assert "a-secret-key" not in html
+        assert "127.0.0.1:9" not in html
+        loaded = re.findall(
+            r"""<(?:script|link|img)\b[^>]*(?:src|href)=["'](https?:[^"']*)""", html
+        )
+        assert [address for address in loaded if not address.startswith(url)] == []
+        for path in ("llama3_app.py", str(ROOT / "llama3_app.py"), "/etc/passwd", "."):
+            answer = requests.get(f"{url}/gradio_api/file={path}")
+            assert answer.status_code in (403, 404), path
+        upload = requests.post(f"{url}/gradio_api/upload", files={"files": ("a.txt", b"x" * 100)})
+        assert upload.status_code == 413
+        assert '"share":false' in html.replace(" ", "") or "gradio.live" not in html
+
+
+def test_a_started_page_works_in_an_empty_directory_that_it_removes() -> None:
+    with started_process() as (_, pid):
+        place = Path(psutil.Process(pid).cwd())
+        assert list(place.iterdir()) == []
+    assert not place.exists()
+
+
+def test_a_page_with_a_password_asks_for_it() -> None:
+    with started("--auth", "ann:secret") as url:
+        assert requests.get(f"{url}/config").status_code == 401
+        wrong = requests.post(f"{url}/login", data={"username": "ann", "password": "x"})
+        assert wrong.status_code == 400
+        right = requests.Session()
+        right.post(f"{url}/login", data={"username": "ann", "password": "secret"})
+        assert right.get(f"{url}/config").status_code == 200

@@ -118,7 +118,9 @@ def test_log_probabilities_come_with_each_delta_if_asked_for(serve: ServiceFacto
     assert [d["id"] for d in deltas] == [ord("a"), ord("b")]
     for delta in deltas:
         assert delta["logprob"] == pytest.approx(0.0, abs=1e-3), "the fake model has no doubts"
-        assert delta["alternatives"][0] == {"id": delta["id"], "logprob": delta["logprob"]}
+        assert delta["token"] == delta["delta"] == chr(delta["id"])
+        chosen = {name: delta[name] for name in ("id", "token", "logprob")}
+        assert delta["alternatives"][0] == chosen
         assert len(delta["alternatives"]) == 2
 
 

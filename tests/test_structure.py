@@ -11,6 +11,10 @@ import llama3_service
 ROOT = Path(__file__).parent.parent
 
 
+def rooms() -> list[Path]:
+    return [*ROOT.glob("stream_*/**/*.py"), *ROOT.glob("chat_page/*.py")]
+
+
 def imported(path: Path) -> set[str]:
     """The modules that a file imports, wherever in it."""
     names: set[str] = set()
@@ -27,6 +31,7 @@ def imported(path: Path) -> set[str]:
     [
         ("stream_generator", {"flask", "gradio", "waitress", "werkzeug", "stream_service"}),
         ("stream_service", {"torch", "transformers", "gradio"}),
+        ("chat_page", {"torch", "transformers", "flask", "stream_generator"}),
     ],
 )
 def test_the_wall_between_engine_and_http_stands(room: str, forbidden: set[str]) -> None:
@@ -38,8 +43,7 @@ def test_the_wall_between_engine_and_http_stands(room: str, forbidden: set[str])
 
 
 def test_imports_go_one_way() -> None:
-    modules = ROOT.glob("stream_*/**/*.py")
-    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in modules}
+    files = {".".join(p.relative_to(ROOT).with_suffix("").parts): p for p in rooms()}
     uses = {name: imported(path) & files.keys() for name, path in files.items()}
     done: set[str] = set()
     while ready := [name for name in uses if name not in done and uses[name] <= done]:
@@ -55,7 +59,7 @@ def test_no_private_method_of_transformers_is_called() -> None:
 
 def test_the_picture_of_the_house_names_every_room() -> None:
     picture = (ROOT / "docs" / "architecture.md").read_text()
-    for path in [*ROOT.glob("stream_*/**/*.py"), *ROOT.glob("*.py")]:
+    for path in [*rooms(), *ROOT.glob("*.py")]:
         if path.name != "__init__.py":
             assert f"`{path.name}`" in picture, path
 

@@ -1,0 +1,145 @@
+"""What a long reply costs the chat page: its process, the browser, and the line between them.
+
+    python benchmarks/page.py            (wants requirements-dev.txt and a Chromium)
+
+A stand-in for the service sends a reply of Markdown at an even pace, so that what is measured is
+the page. Printed for each thousand tokens: pieces that the browser received and their bytes,
+seconds of CPU of the page's process and of the browser's main thread.
+"""
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from browser import Process, free_port, started_chromium, visit  # noqa: E402
+
+PARAGRAPH = (
+    "The **sea** is `blue`, and $x^2$ is a formula; it goes on for a while, as texts do. "
+    "Every word is a token here, more or less, and so is each mark.\n\n"
+)
+CODE = "```python\nfor n in range(10):\n    print(n, n * n)\n```\n\n"
+TABLE = "| a | b |\n|---|---|\n| 1 | 2 |\n\n"
+ABOUT = {
+    "model": "stand-in",
+    "context_length": 8192,
+    "defaults": {"temperature": 0.6},
+    "bounds": {},
+}
+
+
+def words(count: int) -> list[str]:
+    text = (PARAGRAPH * 4 + CODE + TABLE) * (1 + count // 100)
+    return [piece + " " for piece in text.split(" ")][:count]
+
+
+def events(count: int, rate: float) -> Iterator[dict[str, Any]]:
+    trimmed = {"messages": 0, "tokens": 0}
+    yield {"event": "start", "id": "x", "model": "stand-in", "prompt_tokens": 9, "trimmed": trimmed}
+    began = time.monotonic()
+    for n, word in enumerate(words(count)):
+        time.sleep(max(0.0, began + n / rate - time.monotonic()))
+        yield {"event": "delta", "delta": word, "finished": False}
+    timings = {"queue_ms": 0.0, "ttft_ms": 1.0, "tokens_per_second": rate}
+    usage = {"prompt_tokens": 9, "completion_tokens": count, "total_tokens": 9 + count}
+    yield {
+        "event": "end", "finish_reason": "stop", "usage": usage, "timings": timings, "params": {}
+    }  # fmt: skip
+
+
+@contextmanager
+def stand_in(count: int, rate: float) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            body = json.dumps(ABOUT).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for event in events(count, rate):
+                self._chunk(json.dumps(event).encode() + b"\n")
+            self._chunk(b"")
+
+        def _chunk(self, data: bytes) -> None:
+            self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=4000)
+    parser.add_argument("--rate", type=float, default=100.0, help="tokens a second")
+    args = parser.parse_args()
+    with stand_in(args.tokens, args.rate) as service, started_chromium() as chromium:
+        port = free_port()
+        environment = {"LLAMA3_ADDRESS": service, "GRADIO_SERVER_PORT": str(port)}
+        process = Process("llama3_app.py", ready="Running on", port=port, environment=environment)
+        try:
+            measure(chromium, process, args.tokens)
+        finally:
+            process.end()
+
+
+def measure(chromium: Any, process: Process, tokens: int) -> None:
+    page = visit(chromium.new_context(viewport={"width": 1280, "height": 800}), process.url)
+    line = page.context.new_cdp_session(page)
+    line.send("Performance.enable")
+    line.send("Network.enable")
+    received: list[int] = []
+    line.on("Network.dataReceived", lambda data: received.append(data["dataLength"]))
+    own = psutil.Process(process.pid)
+
+    def figures() -> tuple[float, float, int, int]:
+        metrics = {m["name"]: m["value"] for m in line.send("Performance.getMetrics")["metrics"]}
+        times = own.cpu_times()
+        return times.user + times.system, metrics["TaskDuration"], len(received), sum(received)
+
+    page.locator("#box textarea").fill("Go.")
+    before = figures()
+    began = time.monotonic()
+    page.keyboard.press("Enter")
+    print(f"{'tokens':>7} {'s':>6} {'pieces':>8} {'KB':>8} {'page CPU s':>11} {'browser s':>10}")
+    for milestone in range(1000, tokens + 1, 1000):
+        page.wait_for_function(
+            "n => parseInt(document.querySelector('#chat .meter')?.innerText.match("
+            "/(\\d+) tokens/)?.[1] ?? 0) >= n",
+            arg=milestone,
+            timeout=600_000,
+        )
+        now = figures()
+        cpu, browser, pieces, size = (a - b for a, b in zip(now, before, strict=True))
+        seconds = time.monotonic() - began
+        print(
+            f"{milestone:>7} {seconds:>6.1f} {pieces:>8} {size / 1000:>8.0f} {cpu:>11.2f} "
+            f"{browser:>10.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

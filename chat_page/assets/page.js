@@ -1,0 +1,106 @@
+// What the page's parts share: the visitor's conversations, and what is copied.
+
+window.conversations = (() => {
+  const PREFIX = "llm-chat:";
+  const OPEN = "llm-chat-open"; // of this tab
+  const entry = (id) => PREFIX + id;
+
+  function parsed(text) {
+    try {
+      return JSON.parse(text);
+    } catch {
+      return null;
+    }
+  }
+
+  return {
+    chosen: null, // what was last asked for: the next event reads it
+    brought: null,
+
+    all() {
+      return Object.keys(localStorage)
+        .filter((key) => key.startsWith(PREFIX))
+        .map((key) => parsed(localStorage.getItem(key)))
+        .filter((conversation) => conversation?.id && conversation.turns?.length)
+        .sort((a, b) => b.updated - a.updated);
+    },
+    // Whether it could be kept: a browser's storage has an end.
+    write(conversation) {
+      sessionStorage.setItem(OPEN, conversation.id);
+      if (!conversation.turns.length) return true;
+      try {
+        localStorage.setItem(entry(conversation.id), JSON.stringify(conversation));
+        return true;
+      } catch {
+        return false;
+      }
+    },
+    remove(id) {
+      localStorage.removeItem(entry(id));
+    },
+    // The one that this tab showed before it was loaded anew.
+    opened() {
+      // On a narrow screen the list lies over the chat: closed, until it is wanted.
+      const toggle = document.querySelector("#left.open .toggle-button");
+      if (matchMedia("(max-width: 768px)").matches) toggle?.click();
+      return parsed(localStorage.getItem(entry(sessionStorage.getItem(OPEN))));
+    },
+  };
+})();
+
+// The page marks what must not be read as HTML or as a formula by an invisible character. Nobody
+// wants it in what they copy.
+(() => {
+  const unmarked = (text) => text.replaceAll("\u2060", "");
+  if (navigator.clipboard) {
+    const write = navigator.clipboard.writeText.bind(navigator.clipboard);
+    navigator.clipboard.writeText = (text) => write(unmarked(text));
+  }
+  document.addEventListener("copy", (event) => {
+    const text = String(getSelection());
+    if (text !== unmarked(text)) {
+      event.clipboardData.setData("text/plain", unmarked(text));
+      event.preventDefault();
+    }
+  });
+  // (The text of a message that is edited is a copy of it, too.)
+  document.addEventListener("focusin", ({ target }) => {
+    if (target.classList.contains("edit-textarea") && target.value !== unmarked(target.value)) {
+      target.value = unmarked(target.value);
+      target.dispatchEvent(new Event("input"));
+    }
+  });
+})();
+
+// Gradio names a message by its whole text, HTML and all, and leaves other things without a name.
+// A screen reader reads the text itself; what it needs is who speaks, and what a button is for.
+(() => {
+  const words = () => window.pageWords?.[document.documentElement.lang] ?? {};
+  const label = (selector, text) => {
+    for (const found of document.querySelectorAll(selector)) {
+      if (text && found.getAttribute("aria-label") !== text) found.setAttribute("aria-label", text);
+    }
+  };
+  function tidy() {
+    const { you, model, edit, send, halt, conversations, settings } = words();
+    for (const speaker of document.querySelectorAll("#chat [data-testid=user], #chat [data-testid=bot]")) {
+      speaker.setAttribute("role", "article");
+    }
+    for (const title of document.querySelectorAll("#chat .thought-group .title")) {
+      title.setAttribute("aria-expanded", title.classList.contains("expanded"));
+      for (const arrow of title.querySelectorAll("button")) {
+        arrow.disabled = true; // a button within a button; a click goes to the outer one
+        arrow.ariaHidden = "true";
+      }
+    }
+    label("#chat [data-testid=user]", you);
+    label("#chat [data-testid=bot]", model);
+    label("#chat .edit-textarea", edit);
+    label("#box .submit-button", send);
+    label("#box .stop-button", halt);
+    label("#left .toggle-button", conversations);
+    label("#right .toggle-button", settings);
+  }
+  const watch = { subtree: true, childList: true, attributeFilter: ["aria-label"] };
+  new MutationObserver(tidy).observe(document.documentElement, watch);
+})();

@@ -1,0 +1,55 @@
+const words = props.words[navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en"];
+
+function make(tag, attributes = {}, ...children) {
+  const made = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  made.append(...children);
+  return made;
+}
+
+const percent = (probability) => `${(100 * probability).toFixed(probability < 0.0995 ? 1 : 0)} %`;
+const visible = (text) => text.replaceAll("\n", "↵").replaceAll(" ", "␣") || "∅";
+
+function menu(token, index) {
+  const rows = token.alternatives.map((other) => {
+    const take = make("button", {}, make("code", {}, visible(other.text)), percent(other.probability));
+    take.onclick = () => trigger("take", { token: index, choice: other.choice });
+    return take;
+  });
+  const chosen = make("p", {}, make("code", {}, visible(token.text)), percent(token.probability));
+  return make("div", { class: "alternatives" }, chosen, ...rows);
+}
+
+const hide = () => element.querySelectorAll(".alternatives").forEach((old) => old.remove());
+
+function piece(token, index) {
+  const made = make("span", { class: "token", tabindex: "0", role: "button" }, token.text || "·");
+  made.setAttribute("aria-label", `${visible(token.text)} ${percent(token.probability)}`);
+  made.style.setProperty("--doubt", Math.min(1, -Math.log(token.probability + 1e-9) / 4).toFixed(2));
+  // Only the token that is looked at has its menu: thousands of them would weigh on the page.
+  const show = () => {
+    hide();
+    const shown = menu(token, index);
+    const place = made.getBoundingClientRect();
+    shown.style.left = `${Math.min(place.left, innerWidth - 220)}px`;
+    shown.style.bottom = `${innerHeight - place.top}px`;
+    made.after(shown);
+  };
+  made.onmouseenter = show;
+  made.onfocus = show;
+  return made;
+}
+
+function draw() {
+  const tokens = props.value ?? [];
+  element.querySelector(".tokens").replaceChildren(
+    make("p", { class: "note" }, tokens.length ? words.tokens_hint : words.tokens_none),
+    make("div", { class: "text", role: "group", "aria-label": words.token_view }, ...tokens.map(piece)),
+  );
+}
+
+watch("value", draw);
+element.addEventListener("mouseleave", hide);
+element.addEventListener("scroll", hide, true);
+element.addEventListener("keydown", ({ key }) => key === "Escape" && hide());
+draw();

@@ -1,0 +1,99 @@
+"""The panel of settings, with the bounds and defaults that the service publishes."""
+
+from typing import Any
+
+import gradio as gr
+from pydantic import Field
+
+from chat_page.conversation import Count, Line, Record, Settings
+from chat_page.words import PRESETS, i18n
+
+# What a setting does nothing at, where the model's defaults do not name it.
+NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+STEPS = {"temperature": 0.05, "top_p": 0.01, "min_p": 0.01, "repetition_penalty": 0.01}
+LARGEST_EXACT = 2**53 - 1  # a browser's numbers know no larger integers one by one
+
+
+class About(Record):
+    """What the service says of itself."""
+
+    model: Line
+    context_length: Count
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    bounds: dict[str, dict[str, Any]] = Field(default_factory=dict)
+
+    def default(self, name: str) -> Any:
+        return self.defaults.get(name, NEUTRAL.get(name))
+
+    def range(self, name: str) -> dict[str, float]:
+        """The least and the greatest value, as a component takes them, where they are known."""
+        if name not in self.bounds:
+            return {}
+        bounds = self.bounds[name]
+        least = bounds.get("minimum", bounds.get("exclusiveMinimum", 0) + STEPS.get(name, 0))
+        greatest = bounds.get("maximum", LARGEST_EXACT)
+        if name == "max_new_tokens":
+            greatest = min(greatest, self.context_length)
+        return {"minimum": least, "maximum": min(greatest, LARGEST_EXACT)}
+
+
+class Controls:
+    """The components, in the order in which their values are handed over."""
+
+    def __init__(self) -> None:
+        choices = [(i18n(name), name) for name in PRESETS]
+        self.preset = gr.Dropdown(choices, value="preset_none", label=i18n("preset"))
+        self.system_prompt = gr.Textbox(
+            label=i18n("system_prompt"),
+            placeholder=i18n("system_prompt_hint"),
+            lines=3,
+            max_lines=10,
+        )
+        self.temperature = _slider("temperature", 0, 2, info=i18n("temperature_info"))
+        self.top_p = _slider("top_p", 0.01, 1)
+        self.min_p = _slider("min_p", 0, 1)
+        self.repetition_penalty = _slider("repetition_penalty", 0.01, 2)
+        with gr.Row():
+            self.top_k = _number("top_k", info=i18n("top_k_info"))
+            self.max_new_tokens = _number("max_new_tokens")
+        self.seed = _number("seed", info=i18n("seed_info"))
+        self.stop = gr.Textbox(label=i18n("stop"), info=i18n("stop_info"), lines=2)
+        self.reset = gr.Button(i18n("reset"), size="sm")
+
+    @property
+    def fields(self) -> dict[str, gr.components.Component]:
+        """The components by the names of the settings."""
+        return {name: getattr(self, name) for name in Settings.model_fields}
+
+    def updates(self, settings: Settings, about: About | None) -> dict[Any, Any]:
+        """Show these settings, with the service's own where they say nothing."""
+        shown: dict[Any, Any] = {}
+        for name, field in self.fields.items():
+            value = getattr(settings, name)
+            if name == "stop":
+                value = "\n".join(value)
+            elif name != "system_prompt" and about is not None:
+                value = about.default(name) if value is None else value
+                shown[field] = gr.update(value=value, **about.range(name))
+                continue
+            shown[field] = gr.update() if value is None else gr.update(value=value)
+        return shown
+
+
+def settings_of(values: tuple[Any, ...], about: About | None) -> Settings:
+    """What the visitor chose, out of the components' values: only what differs from the default."""
+    chosen = dict(zip(Settings.model_fields, values, strict=True))
+    stop = tuple(line for line in (chosen.pop("stop") or "").splitlines() if line)
+    prompt = chosen.pop("system_prompt") or ""
+    if about is None:  # the components then show nothing that the visitor could have chosen by
+        return Settings(system_prompt=prompt, stop=stop)
+    chosen = {name: value for name, value in chosen.items() if value != about.default(name)}
+    return Settings(system_prompt=prompt, stop=stop, **chosen)
+
+
+def _slider(name: str, least: float, greatest: float, **options: Any) -> gr.Slider:
+    return gr.Slider(least, greatest, step=STEPS[name], label=i18n(name), **options)
+
+
+def _number(name: str, **options: Any) -> gr.Number:
+    return gr.Number(label=i18n(name), precision=0, min_width=100, **options)

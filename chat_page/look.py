@@ -1,0 +1,44 @@
+"""What the page looks like. Nothing of it comes from elsewhere: no web fonts, no CDN."""
+
+import json
+from pathlib import Path
+
+import gradio as gr
+
+from chat_page.words import texts
+
+ASSETS = Path(__file__).parent / "assets"
+
+THEME = gr.themes.Base(
+    primary_hue="teal",
+    neutral_hue="slate",
+    font=["system-ui", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "sans-serif"],
+    font_mono=["ui-monospace", "SFMono-Regular", "DejaVu Sans Mono", "monospace"],
+    radius_size="md",
+).set(  # Gradio's own choices of these can hardly be read
+    block_info_text_color="*neutral_600",
+    block_info_text_color_dark="*neutral_400",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover_dark="*primary_600",
+    button_primary_text_color="white",
+)
+STYLE = (ASSETS / "page.css").read_text()
+
+# The browser itself refuses what would come from another server, whatever a model writes.
+# (Gradio's own scripts and templates need the inline and the evaluated ones.)
+POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'"
+)
+NAMES = texts(
+    "you", "model", "edit", "send", "halt", "conversations", "settings"
+)  # for screen readers
+HEAD = (
+    f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    f"<script>window.pageWords = {json.dumps(NAMES)};\n{(ASSETS / 'page.js').read_text()}</script>"
+)

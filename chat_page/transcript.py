@@ -1,0 +1,83 @@
+"""A conversation as the messages that Gradio's Chatbot shows."""
+
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+from chat_page.conversation import Conversation, Turn
+from chat_page.markup import marked
+from chat_page.meter import meter
+from chat_page.reply import Progress
+from chat_page.thinking import split_thinking
+from chat_page.words import Words
+
+Message = dict[str, Any]
+
+
+def transcript(conversation: Conversation, words: Words) -> list[Message]:
+    """All messages: of a reply its thinking, its answer, what went wrong, and its figures.
+
+    Under the last one are the ways on, where a reply is missing or was cut short.
+    """
+    messages = finished(conversation.turns, words)
+    if messages and (ways_on := _ways_on(conversation.turns[-1], words)):
+        messages[-1]["options"] = ways_on
+    return messages
+
+
+def finished(turns: Iterable[Turn], words: Words) -> list[Message]:
+    """The messages of turns that no longer change."""
+    return [message for turn in turns for message in _shown(turn, words)]
+
+
+def in_progress(progress: Progress, words: Words) -> list[Message]:
+    """The messages of a reply that is being written."""
+    return _shown(progress.turn, words, progress)
+
+
+def turn_at(conversation: Conversation, index: int, words: Words) -> int:
+    """Which turn the message at `index` of the transcript shows. Raises `IndexError`."""
+    end = 0
+    for number, turn in enumerate(conversation.turns):
+        end += len(_shown(turn, words))
+        if index < end:
+            return number
+    raise IndexError(index)
+
+
+def _shown(turn: Turn, words: Words, writing: Progress | None = None) -> list[Message]:
+    if turn.role == "user":
+        return [_message("user", marked(turn.content))]
+    messages = []
+    thought, answer, is_open = split_thinking(turn.content)
+    if thought:
+        is_thinking = is_open and writing is not None
+        message = _message("assistant", marked(thought))
+        message["metadata"] = {
+            "title": words("thinking" if is_thinking else "thought"),
+            "status": "pending" if is_thinking else "done",
+        }
+        messages.append(message)
+    if answer:
+        messages.append(_message("assistant", marked(answer)))
+    if turn.problem:
+        notice = f'<div class="notice">{escape(turn.problem)}</div>'
+        messages.append(_message("assistant", notice))
+    figures = turn.figures
+    if writing is not None and figures is not None:
+        messages.append(_message("assistant", meter(figures, words, writing.position)))
+    elif figures is not None and (figures.prompt_tokens or figures.finish_reason):
+        messages.append(_message("assistant", meter(figures, words)))
+    return messages
+
+
+def _ways_on(turn: Turn, words: Words) -> list[dict[str, str]]:
+    ways = ["go_on"] if turn.can_go_on else []
+    if turn.role == "user" or turn.problem:
+        ways.append("again")
+    return [{"label": words(way), "value": way} for way in ways]
+
+
+def _message(role: str, text: str) -> Message:
+    # As a part, since Gradio strips the indentation of a plain string.
+    return {"role": role, "content": [{"type": "text", "text": text}]}

@@ -1,0 +1,509 @@
+"""The page in a real browser, on the real service with the demo model.
+
+python -m pytest -m browser        (wants a Chromium: apt-get install chromium)
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from axe_playwright_python.sync_playwright import Axe
+from browser import Process, started_chromium, started_page, started_service, visit
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
+
+from stream_service.client import StreamClient
+
+pytestmark = [
+    pytest.mark.browser,
+    # Playwright leaves the loop that it runs in to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+SECONDS = 30
+SHORT = {"max_new_tokens": 12, "temperature": 0}
+LONG = {"max_new_tokens": 1500, "temperature": 0.8, "seed": 1}
+ASK = "Write a long story about the sea."
+CODE = "```python\nfor n in range(3):\n    print('<b>', n)\n```"
+RICH = f"<think>\nhidden thoughts\n</think>\n\n# Head\n\nText with $x^2$ and `code`.\n\n{CODE}\n\n"
+RICH += "| a | b |\n|---|---|\n| 1 | 2 |\n\n- one\n- two\n\n[a link](https://example.org)"
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Process]:
+    with started_service() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def address(service: Process) -> Iterator[Process]:
+    with started_page(service) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with started_chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visitor(chromium: Browser, address: Process) -> Iterator[Callable[..., Page]]:
+    """Visitors with a browser profile each. Whatever they do, nothing is loaded from elsewhere."""
+    contexts: list[BrowserContext] = []
+    elsewhere: list[str] = []
+    errors: list[str] = []
+
+    def note(url: str) -> None:
+        if not url.startswith((address.url, "data:", "blob:")):
+            elsewhere.append(url)
+
+    def come(turns: Any = None, profile: dict[str, Any] | None = None, **settings: Any) -> Page:
+        options = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US"}
+        context = chromium.new_context(**(options | (profile or {})))
+        context.set_default_timeout(SECONDS * 1000)
+        context.on("request", lambda request: note(request.url))
+        contexts.append(context)
+        page = visit(context, address.url, turns, **(settings or SHORT))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        return page
+
+    expect.set_options(timeout=SECONDS * 1000)
+    yield come
+    for context in contexts:
+        context.close()
+    assert elsewhere == []
+    assert errors == []
+
+
+def said(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def talk(answer: str = "The sea is blue.", question: str = "What is the sea?") -> list[Any]:
+    figures = {"prompt_tokens": 5, "completion_tokens": 4, "finish_reason": "stop"}
+    figures["params"] = {"temperature": 0.5}
+    return [said("user", question), said("assistant", answer, figures=figures)]
+
+
+def send(page: Page, text: str) -> None:
+    page.locator("#box textarea").fill(text)
+    page.keyboard.press("Enter")
+
+
+def answers(page: Page) -> Locator:
+    """The model's texts, without the lines of figures."""
+    return page.locator(
+        "#chat .bot-row:not(:has(.meter, .notice, .thought-group)) .message-content"
+    )
+
+
+def meters(page: Page) -> Locator:
+    return page.locator("#chat .meter")
+
+
+@contextmanager
+def writing(page: Page) -> Iterator[None]:
+    """What the block does begins a reply; after the block, it has been written."""
+    page.evaluate(
+        """() => {
+            window.began = false;
+            new MutationObserver((changes, observer) => {
+                if (!document.querySelector("#box .stop-button")) return;
+                window.began = true;
+                observer.disconnect();
+            }).observe(document.querySelector("#box"), {subtree: true, childList: true});
+        }"""
+    )
+    yield
+    page.wait_for_function("window.began && !document.querySelector('#box .stop-button')")
+
+
+def chosen(page: Page, name: str) -> Locator:
+    return page.locator("#chat .option", has_text=name)
+
+
+def figure(service: Process, name: str) -> float:
+    """One of the service's own figures."""
+    lines = requests.get(service.url + "/metrics").text.splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
+
+
+@contextmanager
+def both_places_taken(service: Process) -> Iterator[None]:
+    client = StreamClient(service.url)
+    busy = [client.stream(ASK, min_new_tokens=1500, max_new_tokens=1500) for _ in range(2)]
+    for stream in busy:
+        next(stream)
+    yield
+    for stream in busy:
+        stream.close()
+
+
+def test_a_reply_is_seen_to_grow(visitor: Any) -> None:
+    page = visitor(max_new_tokens=60, temperature=0)
+    page.evaluate(
+        """() => {
+            window.seen = [];
+            new MutationObserver(() => {
+                const text = document.querySelector("#chat .bot-row .message-content")?.innerText;
+                if (text && text !== window.seen.at(-1)) window.seen.push(text);
+            }).observe(document.querySelector("#chat"), {subtree: true, childList: true,
+                characterData: true});
+        }"""
+    )
+    with writing(page):
+        send(page, "Write about the sea.")
+    expect(meters(page).last).to_contain_text(re.compile("complete|ended at the maximum length"))
+    final = answers(page).last.inner_text().strip()
+    steps = [text.strip() for text in page.evaluate("window.seen")]
+    partial = {text for text in steps if text != final and final.startswith(text)}
+    assert len(partial) >= 5, steps
+    expect(meters(page).last).to_contain_text("first token after")
+    expect(meters(page).last).to_contain_text("tokens/s")
+    expect(meters(page).last).to_contain_text(re.compile(r"context \d+ of 2048"))
+
+
+def test_stop_ends_a_reply_and_keeps_what_had_come(visitor: Any, service: Process) -> None:
+    page = visitor(**LONG)
+    with writing(page):
+        send(page, ASK)
+        expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
+        page.locator("#box .stop-button").click()
+    expect(meters(page).last).to_contain_text("stopped")
+    assert answers(page).last.inner_text()
+    assert figure(service, "llm_requests_running") == 0
+    expect(chosen(page, "Continue")).to_be_visible()
+
+
+def test_stop_ends_a_reply_before_its_first_word(visitor: Any, service: Process) -> None:
+    page = visitor(**SHORT)
+    with both_places_taken(service), writing(page):
+        send(page, "Never mind.")
+        expect(meters(page).last).to_contain_text("Place 1 in the queue")
+        page.locator("#box .stop-button").click()
+        expect(meters(page).last).to_contain_text("stopped")
+    expect(answers(page)).to_have_count(0)
+
+
+def test_continue_retry_undo_and_edit(visitor: Any) -> None:
+    page = visitor(**SHORT)
+    with writing(page):
+        send(page, "Tell me about rainbows.")
+    first = answers(page).inner_text().strip()
+    with writing(page):
+        chosen(page, "Continue").click()
+    assert answers(page).inner_text().startswith(first)
+    assert len(answers(page).inner_text()) > len(first)
+    with writing(page):
+        page.locator("#chat").get_by_role("button", name="Retry").click()
+    expect(answers(page)).to_have_text(first)
+    with writing(page):
+        send(page, "More?")
+    expect(answers(page)).to_have_count(2)
+    page.locator("#chat").get_by_role("button", name="Edit").first.click()
+    page.locator(".edit-textarea").fill("Tell me about <b>cats</b>.")
+    with writing(page):
+        page.locator("#chat").get_by_role("button", name="Submit").click()
+    expect(page.locator("#chat .user-row")).to_have_count(1)
+    expect(page.locator("#chat .user-row")).to_contain_text("<\u2060b>cats")
+    expect(answers(page)).to_have_count(1)
+    page.locator("#chat").get_by_role("button", name="Undo").click()
+    expect(page.locator("#box textarea")).to_have_value("Tell me about <b>cats</b>.")
+    expect(page.locator("#chat .message-row")).to_have_count(0)
+
+
+def test_conversations_outlive_a_reload_and_a_restart_of_the_page(
+    visitor: Any, address: Process
+) -> None:
+    page = visitor(**SHORT)
+    with writing(page):
+        send(page, "Tell me about rainbows.")
+    answer = answers(page).inner_text()
+    page.reload()
+    expect(answers(page)).to_have_text(answer)
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator("#chat .message-row")).to_have_count(0)
+    with writing(page):
+        send(page, "And cats?")
+    expect(page.locator(".shelf .open")).to_have_text(["And cats?", "Tell me about rainbows."])
+    address.kill()
+    address.start()
+    page.reload()
+    expect(page.locator("#chat .user-row")).to_have_text(re.compile("And cats?"))
+    page.locator(".shelf .open", has_text="rainbows").click()
+    expect(answers(page)).to_have_text(answer)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="Delete: Tell me about rainbows.").click()
+    expect(page.locator(".shelf .open")).to_have_text(["And cats?"])
+    expect(page.locator("#chat .message-row")).to_have_count(0)
+
+
+def test_settings_are_kept_with_their_conversation_and_used(visitor: Any) -> None:
+    page = visitor(talk(), max_new_tokens=7, temperature=0, system_prompt="Be brief.")
+    page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_label("System prompt")).to_have_value("Be brief.")
+    expect(page.get_by_label("Maximum tokens")).to_have_value("7")
+    page.get_by_label("Maximum tokens").fill("5")
+    page.get_by_label("Seed").fill("11")
+    page.get_by_label("Seed").blur()
+    send(page, "More.")
+    expect(meters(page).last).to_contain_text("5 tokens")
+    page.locator("#chat summary").last.click()
+    used = page.locator("#chat .meter dl").last
+    expect(used).to_contain_text("max_new_tokens5")
+    page.reload()
+    page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_label("Maximum tokens")).to_have_value("5")
+    expect(page.get_by_label("Seed")).to_have_value("11")
+
+
+def test_a_conversation_goes_out_and_comes_in_as_a_file(visitor: Any, tmp_path: Path) -> None:
+    page = visitor(talk("Blue <b>and</b> wide."))
+    with page.expect_download() as saving:
+        page.get_by_role("button", name="Save .json").click()
+    saved = tmp_path / saving.value.suggested_filename
+    saving.value.save_as(saved)
+    assert saved.name == "What-is-the-sea.json"
+    assert json.loads(saved.read_text())["turns"][1]["content"] == "Blue <b>and</b> wide."
+    with page.expect_download() as saving:
+        page.get_by_role("button", name="Save .md").click()
+    assert "## Assistant\n\nBlue <b>and</b> wide." in saving.value.path().read_text()
+    other = visitor()
+    other.locator(".shelf input[type=file]").set_input_files(saved)
+    expect(answers(other)).to_contain_text("wide.")
+    expect(other.locator(".shelf .open")).to_have_text(["What is the sea?"])
+    wrong = tmp_path / "wrong.json"
+    wrong.write_text('{"turns": 3}')
+    other.locator(".shelf input[type=file]").set_input_files(wrong)
+    expect(other.get_by_text("not a conversation saved by this page")).to_be_visible()
+    expect(answers(other)).to_contain_text("wide.")
+
+
+def test_what_is_written_is_text(visitor: Any) -> None:
+    nasty = (
+        "<img src='http://127.0.0.1:1/a.png' onerror='window.hit=1'><b>bold</b> <script>x</script>"
+        "\n\n"
+        "![remote](http://127.0.0.1:1/b.png) ![][r] <form><input></form> <style>*{}</style>\n\n"
+        "<details open>x</details>\n\n- ```\n  x\n  ```\n  <u>y</u>\n\n"
+        "```mermaid\ngraph TD; A[<img src=x>]-->B\n```\n\n[r]: http://127.0.0.1:1/c.png"
+    )
+    page = visitor(talk(nasty, question="<i>name</i> <img src=x>"))
+    expect(answers(page)).to_contain_text("bold")
+    made = "#chat .message-content :is(img, b, i, u, script, style, form, input, details, svg)"
+    # The fold of the line of figures is the page's own.
+    assert (
+        page.locator(f"{made}:not(.meter *)").count()
+        == page.locator("#chat .copy_code_button svg").count()
+    )
+    assert page.locator(".shelf :is(i, img)").count() == 0
+    assert page.evaluate("window.hit") is None
+    text = answers(page).inner_text().replace("\u2060", "")
+    for part in ("<b>bold</b>", "onerror='window.hit=1'", "!remote", "<u>y</u>", "<form>"):
+        assert part in text
+
+
+def test_markdown_code_formulas_and_copying(visitor: Any) -> None:
+    raw = "A <b>tag</b>, $x^2$, \\(y\\), $$z$$, $5 and $6.\n\n" + RICH.partition("</think>")[2]
+    page = visitor(talk(raw), profile={"permissions": ["clipboard-read", "clipboard-write"]})
+    expect(page.locator("#chat .katex")).to_have_count(4)
+    expect(page.locator("#chat .katex-display")).to_have_count(1)
+    expect(answers(page)).to_contain_text("$5 and $6")
+    expect(page.locator("#chat table td")).to_have_text(["1", "2"])
+    expect(page.locator("#chat code .token.keyword").first).to_have_text("for")
+    assert page.locator("#chat a").get_attribute("rel") == "noopener noreferrer"
+    page.locator("#chat .bot-row").first.get_by_role("button", name="Copy message").click()
+    assert page.evaluate("navigator.clipboard.readText()") == raw
+    page.locator("#chat .copy_code_button").click()
+    assert page.evaluate("navigator.clipboard.readText()").strip() in CODE
+
+
+def test_thinking_is_folded(visitor: Any) -> None:
+    page = visitor(talk("<think>\nhidden thoughts\n</think>\n\nThe answer."))
+    expect(answers(page)).to_have_text("The answer.")
+    expect(page.get_by_text("hidden thoughts")).to_be_hidden()
+    page.locator("#chat .thought-group [role=button]").press("Enter")
+    expect(page.get_by_text("hidden thoughts")).to_be_visible()
+
+
+def test_the_token_view_shows_alternatives_and_goes_on_from_one(visitor: Any) -> None:
+    page = visitor(**SHORT)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Token view").check()
+    with writing(page):
+        send(page, "Name a colour.")
+    tokens = page.locator(".tokens .token")
+    expect(tokens).to_have_count(12)
+    before = [tokens.nth(i).inner_text() for i in range(2)]
+    tokens.nth(2).focus()
+    others = page.locator(".tokens .alternatives button")
+    expect(others).to_have_count(4)
+    other = others.first.locator("code").inner_text().replace("␣", " ")
+    with writing(page):
+        others.first.click()
+    expect(tokens.nth(2)).to_have_text(other)
+    assert [tokens.nth(i).inner_text() for i in range(2)] == before
+    assert answers(page).inner_text().startswith("".join([*before, other]).strip())
+
+
+def test_a_service_that_is_killed_in_mid_reply_is_said_and_the_text_kept(
+    visitor: Any, service: Process
+) -> None:
+    page = visitor(**LONG)
+    send(page, ASK)
+    expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
+    service.kill()
+    try:
+        expect(page.locator("#chat .notice")).to_contain_text("connection to the service was lost")
+        text = answers(page).inner_text().strip()
+        assert text
+        chosen(page, "Continue").click()
+        expect(page.locator("#chat .notice")).to_contain_text("is not there")
+        assert answers(page).inner_text().strip() == text
+    finally:
+        service.start()
+    with writing(page):
+        chosen(page, "Continue").click()
+        expect(page.locator("#chat .notice")).to_have_count(0)
+        expect(answers(page)).not_to_have_text(text)
+        page.locator("#box .stop-button").click()
+    assert answers(page).inner_text().startswith(text)
+
+
+def test_two_visitors_do_not_wait_for_each_other(visitor: Any) -> None:
+    pages = [visitor(**LONG), visitor(**LONG)]
+    for page in pages:
+        send(page, ASK)
+    for page in pages:
+        expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
+    for page in pages:
+        expect(page.locator("#box .stop-button")).to_be_visible()  # neither has ended
+        page.locator("#box .stop-button").click()
+        expect(page.locator("#box .submit-button")).to_be_visible()
+
+
+def test_opening_another_conversation_ends_the_reply_in_this_one(
+    visitor: Any, service: Process
+) -> None:
+    page = visitor(**LONG)
+    send(page, ASK)
+    expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator("#chat .message-row")).to_have_count(0)
+    expect(page.locator("#box .submit-button")).to_be_visible()
+    while figure(service, "llm_requests_running"):
+        pass
+    with both_places_taken(service):
+        send(page, "Never mind.")
+        expect(meters(page).last).to_contain_text("Place 1 in the queue")
+        page.locator(".shelf .open", has_text=ASK).click()
+        expect(page.locator("#chat .user-row")).to_have_text(re.compile(ASK))
+        while figure(service, "llm_requests_waiting"):
+            pass
+        assert figure(service, "llm_requests_running") == 2, "the others have not ended"
+    expect(page.locator(".shelf .open")).to_have_text(["Never mind.", ASK])
+    expect(page.locator("#chat .user-row")).to_have_text(re.compile(ASK))
+
+
+def test_closing_the_page_ends_the_reply(visitor: Any, service: Process) -> None:
+    page = visitor(**LONG)
+    aborted = figure(service, 'llm_replies_total{finish_reason="abort"}')
+    send(page, ASK)
+    expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
+    page.context.close()
+    while figure(service, "llm_requests_running"):
+        pass
+    assert figure(service, 'llm_replies_total{finish_reason="abort"}') == aborted + 1
+
+
+def test_two_tabs_keep_each_others_conversations(visitor: Any) -> None:
+    page = visitor(talk())
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.locator("#status h1").wait_for()
+    with writing(other):
+        send(other, "Hello there.")
+    expect(page.locator(".shelf .open")).to_have_text(["Hello there.", "What is the sea?"])
+    with writing(page):
+        send(page, "More.")
+    expect(other.locator(".shelf .open")).to_have_text(["What is the sea?", "Hello there."])
+
+
+@pytest.mark.parametrize("language", ["zh-CN", "zh-TW"])
+def test_the_page_speaks_the_browsers_language(visitor: Any, language: str) -> None:
+    page = visitor(profile={"locale": language})
+    expect(page.get_by_role("button", name="新对话")).to_be_visible()
+    assert page.locator("html").get_attribute("lang") == "zh"
+    expect(page.get_by_placeholder("输入消息")).to_be_visible()
+    with writing(page):
+        send(page, "你好")
+    expect(meters(page).last).to_contain_text("提示")
+    expect(page.locator("#status")).to_contain_text("上下文")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_follows_the_systems_light_or_dark(visitor: Any, scheme: str) -> None:
+    page = visitor(talk(), profile={"color_scheme": scheme})
+    colours = "e => [getComputedStyle(e).color, getComputedStyle(document.body).backgroundColor]"
+    text, ground = answers(page).locator("p").evaluate(colours)
+    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in (text, ground)]
+    assert brightness[0] < 0.4 < 0.9 < brightness[1] or scheme == "dark"
+    assert brightness[1] < 0.2 < 0.7 < brightness[0] or scheme == "light"
+
+
+def test_a_phone_is_wide_enough(visitor: Any) -> None:
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    page = visitor(talk(RICH), profile=phone, **SHORT)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    expect(page.locator("#box textarea")).to_be_in_viewport()
+    page.locator("#box textarea").tap()
+    with writing(page):
+        send(page, "Hello.")
+    expect(answers(page)).to_have_count(2)
+    page.get_by_role("button", name="Conversations").tap()
+    expect(page.locator(".shelf .open").first).to_be_in_viewport()
+
+
+def test_the_keyboard_is_enough(visitor: Any) -> None:
+    page = visitor(**SHORT)
+    page.locator("#box textarea").focus()
+    with writing(page):
+        page.keyboard.type("Hello.")
+        page.keyboard.press("Enter")
+    reached = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        name = (
+            "document.activeElement.getAttribute('aria-label') || document.activeElement.innerText"
+        )
+        reached.add((page.evaluate(name) or "").strip())
+    assert {"New conversation", "Hello.", "Copy message", "Edit", "Retry", "Undo"} <= reached
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(visitor: Any, scheme: str) -> None:
+    turns = [*talk(RICH), *talk("cut", question="go on")]
+    turns[-1] |= {"problem": "The service is not there.", "figures": {"finish_reason": "length"}}
+    page = visitor(turns, profile={"color_scheme": scheme, "reduced_motion": "reduce"})
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Token view").check()
+    page.locator("#chat summary").first.click()
+    expect(page.get_by_label("System prompt")).to_be_in_viewport()
+    found = serious(page)
+    page.locator("#chat").get_by_role("button", name="Edit").first.click()
+    expect(page.locator(".edit-textarea")).to_be_visible()
+    assert found + serious(page) == []
+
+
+def serious(page: Page) -> list[str]:
+    violations = Axe().run(page).response["violations"]
+    return [
+        f"{violation['id']}: {node['html'][:200]} {node['any'][:1]}"
+        for violation in violations
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"]
+    ]

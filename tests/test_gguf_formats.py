@@ -77,3 +77,14 @@ def test_a_model_is_what_its_blocks_stand_for(
     products = [getattr(x, n) for x in loaded.model.layers for n in ("qkv", "gate_up", "down")]
     packed = [p for p in products if isinstance(p, (ByRows, PackedLinear))]
     assert len(packed) == (6 if quantize == "auto" and file_type not in FLOATS else 0)
+
+
+def test_a_file_is_known_by_its_content_not_by_its_name(
+    model: PreTrainedModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ollama keeps them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    write_gguf(model, tokenizer, tmp_path / "tiny.gguf", as_file_type("Q4_K_M"))
+    blob = (tmp_path / "tiny.gguf").rename(tmp_path / "sha256-6a0746a1ec1a")
+    loaded = load_checkpoint(str(blob), name="tiny")
+    assert (loaded.name, loaded.layout) == ("tiny", "a GGUF file")

@@ -16,9 +16,14 @@ import pytest
 import torch
 from conftest import tiny_llama
 from fakes import byte_tokenizer
+from gguf_files import write_gguf
+from test_layouts import VOCABULARY, tokenizer_file
+
+from stream_generator.loading.meta_checkpoint import meta_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_of_a_test"
+ROTARY = {"rope_type": "default", "rope_theta": 500000.0}
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -114,6 +119,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ggufs.mkdir(parents=True)
     for n in "ab":
         (ggufs / f"{n}.gguf").write_bytes(b"GGUF but cut off")
+    words = meta_tokenizer(tokenizer_file(root / "tokenizer.model"))
+    tiny = tiny_llama(vocab_size=VOCABULARY, rms_norm_eps=1e-5, rope_parameters=ROTARY)
+    (root / "converted" / "main" / "deeper").mkdir(parents=True)
+    write_gguf(tiny, words, root / "converted" / "main" / "deeper" / "tiny.gguf")
     return root
 
 
@@ -171,8 +180,9 @@ def load(sources: list[str], home: Path, **environment: str) -> list[str]:
 def test_what_is_loaded_is_brought_once_and_found_offline(
     hub: str, asked: list[str], tmp_path: Path
 ) -> None:
-    sources = ["org/plain", "org/plain@v2", "org/sharded"]
+    sources = ["org/plain", "org/plain@v2", "org/sharded", "org/converted:deeper/tiny.gguf"]
     expected = ["loaded org/plain 256", "loaded org/plain 99", "loaded org/sharded 256"]
+    expected.append("loaded tiny 256")
     assert load(sources, tmp_path, HF_ENDPOINT=hub) == expected
     assert {"plain/model.safetensors", "sharded/model.safetensors.index.json"} <= {*asked}
     assert not {"plain/onnx/model.safetensors", "plain/pytorch_model.bin"} & {*asked}

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+from fakes import FakeModel, byte_tokenizer, fake_checkpoint, says
 
 import llama3_service
+from stream_generator.checkpoint import Checkpoint
 from stream_service.command_line import parse_arguments
 from stream_service.settings import LOOPBACK_NAMES
 
@@ -110,5 +112,15 @@ def test_an_empty_key_in_the_environment_does_not_open_the_door(
     ],
 )
 def test_an_open_door_is_warned_of(arguments: list[str], is_warned: bool) -> None:
-    welcome = llama3_service._welcome(parse_arguments(arguments), "model", "http://x")
+    welcome = llama3_service._welcome(
+        parse_arguments(arguments), fake_checkpoint(says("")), "http://x"
+    )
     assert ("WARNING" in welcome) == is_warned
+
+
+def test_the_first_thing_to_try_is_what_the_model_can_do() -> None:
+    chats = fake_checkpoint(says(""))
+    assert "http://x/stream" in llama3_service._welcome(parse_arguments([]), chats, "http://x")
+    base = Checkpoint.of(FakeModel(says("")), byte_tokenizer(chat_template=None))
+    welcome = llama3_service._welcome(parse_arguments([]), base, "http://x")
+    assert "http://x/v1/completions" in welcome

@@ -47,6 +47,8 @@ class _Header:
                 alignment = number
         if alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"its alignment is {alignment}, not a power of two")
+        if not tensors:
+            raise ValueError("it holds no tensors")
         claims = [self._tensor() for _ in range(self._within(tensors, 24))]
         start = math.ceil(file.tell() / alignment) * alignment
         for name, offset, length, _ in claims:

@@ -1,10 +1,13 @@
 """What a checkpoint from elsewhere must not hold, found before any of it is loaded."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from stream_generator.errors import CheckpointError
+
+_PLAIN_NAME = re.compile(r"\w[\w.-]*")
 
 
 def refuse_unsafe(directory: Path) -> None:
@@ -18,7 +21,7 @@ def refuse_unsafe(directory: Path) -> None:
             )
         if file.name.endswith(".index.json"):
             for part in _parts(file):
-                if Path(part).name != part:
+                if not _PLAIN_NAME.fullmatch(part):  # nor is it a pattern
                     raise CheckpointError(f"{file} leads out of its directory ({part})")
     # The hub's own cache keeps what a directory links to in one beside it.
     allowed = [directory.resolve(), directory.resolve().parent.parent / "blobs"]

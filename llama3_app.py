@@ -60,10 +60,14 @@ def received(value: Any) -> Conversation:
         return Conversation()
 
 
-def show(value: Any, reply_id: str | None, request: gr.Request) -> Updates:
-    """Open a conversation: its messages and settings, under what the service offers now."""
-    replies.leave(reply_id)
-    conversation, words = received(value), words_of(request)
+def chosen(value: Any, about: About | None, fields: tuple[Any, ...]) -> Conversation:
+    """The conversation that the browser sent, with what the panel of settings says."""
+    conversation = received(value)
+    return conversation.with_settings(settings_of(fields, about, conversation.settings))
+
+
+def offered(conversation: Conversation, words: Words) -> Updates:
+    """What the service offers now, and the conversation's settings by its bounds and defaults."""
     about = None
     try:
         about = ask_about()
@@ -71,14 +75,23 @@ def show(value: Any, reply_id: str | None, request: gr.Request) -> Updates:
     except StreamError as error:
         head, line = words("title"), sentence(error, words)
     return {
-        shelf: conversation.model_dump(),
-        chat: gr.update(value=transcript(conversation, words), placeholder=words("welcome")),
         status: f"<h1>{escape(head)}</h1><p>{escape(line)}</p>",
         service: about,
+        **controls.updates(conversation.settings, about),
+    }
+
+
+def show(value: Any, reply_id: str | None, request: gr.Request) -> Updates:
+    """Open a conversation: its messages and its settings."""
+    replies.leave(reply_id)
+    conversation, words = received(value), words_of(request)
+    return {
+        shelf: conversation.model_dump(),
+        chat: gr.update(value=transcript(conversation, words), placeholder=words("welcome")),
         tokens: (),
         token_view: [],
         box: gr.update(submit_btn=True, stop_btn=False),
-        **controls.updates(conversation.settings, about),
+        **offered(conversation, words),
     }
 
 
@@ -106,11 +119,14 @@ def write(
     words = words_of(request)
     reply_id = replies.open()
     earlier = finished(conversation.unanswered().turns, words)
-    yield {
+    updates: Updates = {
         box: gr.update(value="", submit_btn=False, stop_btn=True),
         shelf: conversation.model_dump(),
         running: reply_id,
     }
+    if about is None:  # the service was away when the page was opened
+        updates |= offered(conversation, words)
+        about = updates[service]
     saved = time.monotonic()
     for progress in replies.write(
         reply_id,
@@ -122,11 +138,12 @@ def write(
         if progress.is_last:
             yield end_of(conversation.replied(progress.turn), progress.tokens, words)
             return
-        updates: Updates = {chat: [*earlier, *in_progress(progress, words)]}
+        updates[chat] = [*earlier, *in_progress(progress, words)]
         if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
             updates[shelf] = conversation.replied(progress.turn).model_dump()
             saved = time.monotonic()
         yield updates
+        updates = {}
 
 
 def end_of(conversation: Conversation, seen: tuple[Token, ...], words: Words) -> Updates:
@@ -149,14 +166,14 @@ def send(
     *settings: Any,
 ) -> Iterator[Updates]:
     if message and message.strip():
-        conversation = received(value).with_settings(settings_of(settings, about))
+        conversation = chosen(value, about, settings)
         yield from write(conversation.asked(message), request, about, with_tokens)
 
 
 def retry(
     value: Any, about: About | None, with_tokens: bool, request: gr.Request, *settings: Any
 ) -> Iterator[Updates]:
-    conversation = received(value).with_settings(settings_of(settings, about))
+    conversation = chosen(value, about, settings)
     yield from write(conversation.unanswered(), request, about, with_tokens)
 
 
@@ -168,7 +185,7 @@ def edit(
     change: gr.EditData,
     *settings: Any,
 ) -> Iterator[Updates]:
-    conversation = received(value).with_settings(settings_of(settings, about))
+    conversation = chosen(value, about, settings)
     index = turn_at(conversation, change.index, words_of(request))
     conversation = conversation.edited(index, unmarked(change.value))
     yield from write(conversation, request, about, with_tokens)
@@ -183,7 +200,7 @@ def go_on(
     *settings: Any,
 ) -> Iterator[Updates]:
     """What the buttons under a reply do that is missing or was cut short."""
-    conversation = received(value).with_settings(settings_of(settings, about))
+    conversation = chosen(value, about, settings)
     if way.value == "again":
         conversation = conversation.unanswered()
     yield from write(conversation, request, about, with_tokens)
@@ -198,7 +215,7 @@ def take(
     *settings: Any,
 ) -> Iterator[Updates]:
     """Go on from another token than the one that was drawn."""
-    conversation = received(value).with_settings(settings_of(settings, about))
+    conversation = chosen(value, about, settings)
     reply = conversation.last_reply
     if reply is None or not reply.content.endswith(text_of(seen)):
         return
@@ -222,7 +239,7 @@ def fill_prompt(name: str, request: gr.Request) -> str:
 
 
 def keep_settings(value: Any, about: About | None, *settings: Any) -> dict[str, Any]:
-    return received(value).with_settings(settings_of(settings, about)).model_dump()
+    return chosen(value, about, settings).model_dump()
 
 
 def download(value: Any, ending: str) -> dict[str, Any]:
@@ -276,14 +293,13 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
     )
 
     fields = list(controls.fields.values())
-    every_field = [controls.preset, *fields]
     opening = {
         "outputs": [shelf, chat, status, service, tokens, token_view, box, *fields],
         "show_progress": "hidden",
         "api_visibility": "private",
     }
     writing = {
-        "outputs": [box, shelf, chat, running, tokens, token_view],
+        "outputs": [box, shelf, chat, running, tokens, token_view, status, service, *fields],
         "show_progress": "hidden",
         "api_visibility": "private",
         "concurrency_limit": REPLIES_AT_ONCE,

@@ -80,13 +80,17 @@ class Controls:
         return shown
 
 
-def settings_of(values: tuple[Any, ...], about: About | None) -> Settings:
-    """What the visitor chose, out of the components' values: only what differs from the default."""
+def settings_of(values: tuple[Any, ...], about: About | None, before: Settings) -> Settings:
+    """What the visitor chose, out of the components' values: only what differs from the default.
+
+    before: what had been chosen. While the service is away (no `about`), the components show no
+    numbers that could have been chosen, and those stay.
+    """
     chosen = dict(zip(Settings.model_fields, values, strict=True))
     stop = tuple(line for line in (chosen.pop("stop") or "").splitlines() if line)
     prompt = chosen.pop("system_prompt") or ""
-    if about is None:  # the components then show nothing that the visitor could have chosen by
-        return Settings(system_prompt=prompt, stop=stop)
+    if about is None:
+        return before.model_copy(update={"system_prompt": prompt, "stop": stop})
     chosen = {name: value for name, value in chosen.items() if value != about.default(name)}
     return Settings(system_prompt=prompt, stop=stop, **chosen)
 

@@ -76,11 +76,11 @@ class Replies:
         """
         reply = _Reply(conversation.last_reply, context_length, begun or (), self._clock)
         wish = self._open[reply_id]
-        yield reply.progress()
         params = conversation.settings.params()
         if begun is not None:
             params["logprobs"] = ALTERNATIVES
         try:
+            yield reply.progress()
             if not wish.is_stopped:
                 stream = self._client.stream(conversation.messages(), request_id=reply_id, **params)
                 if wish.is_stopped:

@@ -139,12 +139,24 @@ def test_a_service_that_is_away_is_said_and_the_conversation_still_opens(at: Any
 def test_only_settings_that_differ_from_the_models_own_are_chosen() -> None:
     about = About(model="m", context_length=9, defaults={"temperature": 0.6, "top_p": 0.9})
     same = ("", 0.6, 0.9, 0, 0, 1, None, None, "")
-    assert settings_of(same, about) == Settings()
+    assert settings_of(same, about, Settings(seed=9)) == Settings()
     other = ("p", 0.7, 0.9, 5, 0, 1.1, 7, 3, "a\n\nb")
-    assert settings_of(other, about) == Settings(
+    assert settings_of(other, about, Settings()) == Settings(
         system_prompt="p", temperature=0.7, top_k=5, repetition_penalty=1.1, max_new_tokens=7,
         seed=3, stop=("a", "b"),
     )  # fmt: skip
+
+
+def test_settings_outlive_a_service_that_was_away(serve: ServiceFactory, at: Any) -> None:
+    at("http://127.0.0.1:9")
+    value = Conversation().with_settings(Settings(temperature=0.5)).model_dump()
+    away = outcome(page.send("hi", value, None, False, None, *NOTHING_CHOSEN))
+    assert "is not there" in away[page.status]
+    at(serve(fake_checkpoint(says("a"))).url)
+    back = outcome(page.send("hi", away[page.shelf], None, False, None, *NOTHING_CHOSEN))
+    assert "fake" in back[page.status]
+    assert back[page.controls.fields["temperature"]]["value"] == 0.5
+    assert back[page.shelf]["turns"][-1]["figures"]["params"]["temperature"] == 0.5
 
 
 def test_the_pages_settings_are_ones_that_the_service_knows(serve: ServiceFactory, at: Any) -> None:

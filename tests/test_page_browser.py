@@ -433,6 +433,25 @@ def test_two_tabs_keep_each_others_conversations(visitor: Any) -> None:
     expect(other.locator(".shelf .open")).to_have_text(["What is the sea?", "Hello there."])
 
 
+def test_a_storage_that_is_full_is_said(visitor: Any) -> None:
+    page = visitor()
+    page.evaluate(
+        """() => {
+            for (let size = 2 ** 22; size >= 1; ) {
+                try {
+                    localStorage.setItem(`filler-${localStorage.length}`, "x".repeat(size));
+                } catch {
+                    size /= 2;
+                }
+            }
+        }"""
+    )
+    with writing(page):
+        send(page, ASK)
+    expect(page.locator(".shelf [role=status]")).to_contain_text("storage is full")
+    expect(answers(page)).not_to_be_empty()
+
+
 @pytest.mark.parametrize("language", ["zh-CN", "zh-TW"])
 def test_the_page_speaks_the_browsers_language(visitor: Any, language: str) -> None:
     page = visitor(profile={"locale": language})

@@ -14,6 +14,7 @@ from chat_page.pace import batches
 from chat_page.reply import Progress, Replies
 from chat_page.words import words_for
 from stream_service.client import StreamClient
+from stream_service.server import Server, bind
 
 WORDS = words_for("en")
 TIMEOUT = 20  # less than that of a gate, which ends a reply too
@@ -240,6 +241,17 @@ def test_a_key_that_is_missing_and_a_full_queue_have_sentences_of_their_own(
     gate.allow(1000)
     for growing in busy:
         assert list(growing)[-1].turn.content == "abc"
+
+
+def test_a_service_that_is_still_loading_is_said() -> None:
+    server = Server(bind("127.0.0.1", 0), max_body=10_000)
+    serving = threading.Thread(target=server.run)
+    serving.start()
+    *_, last = write(f"http://127.0.0.1:{server.port}")
+    server.stop()
+    serving.join()
+    assert "loading" in str(last.turn.problem)
+    assert last.turn.content == ""
 
 
 def test_a_stream_that_is_cut_keeps_its_text_and_can_go_on(serve: ServiceFactory) -> None:

@@ -8,6 +8,7 @@ conversation lives in their browser (the shelf), comes along with each event, an
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import tempfile
@@ -356,7 +357,8 @@ def main() -> None:
     if args.auth and not (name and password):
         parser.error("--auth wants NAME:PASSWORD")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what follows is tidied up
-    with tempfile.TemporaryDirectory(prefix="llm-chat-page-") as empty:
+    ended = contextlib.suppress(KeyboardInterrupt)
+    with ended, tempfile.TemporaryDirectory(prefix="llm-chat-page-") as empty:
         os.environ["GRADIO_TEMP_DIR"] = empty
         os.chdir(empty)  # Gradio may serve what lies where it runs
         demo.launch(

@@ -194,11 +194,19 @@ def test_a_key_is_asked_for_and_the_page_has_it(
     client = StreamClient(address, api_key="second-key")
     assert client.chat(RAINBOW, max_new_tokens=3)["usage"]["completion_tokens"] == 3
     page = service.read_until(rf"http://[\d.]+:{page_port}")
-    body = {"data": ["Hi", [], None]}
-    called = requests.post(f"{page}/gradio_api/call/chat", json=body, timeout=TIMEOUT).json()
-    reply = requests.get(f"{page}/gradio_api/call/chat/{called['event_id']}", timeout=TIMEOUT).text
-    assert "event: complete" in reply
-    assert "could not reply" not in reply
+    # As a browser opens the page: with the key, it hears which model there is.
+    opening = next(
+        function["id"]
+        for function in requests.get(f"{page}/config", timeout=TIMEOUT).json()["dependencies"]
+        if [event for _, event in function["targets"]] == ["load"]
+    )
+    body = {"data": [None, None], "fn_index": opening, "session_hash": "visitor"}
+    requests.post(f"{page}/gradio_api/queue/join", json=body, timeout=TIMEOUT).raise_for_status()
+    shown = requests.get(
+        f"{page}/gradio_api/queue/data", params={"session_hash": "visitor"}, timeout=TIMEOUT
+    ).text
+    assert "process_completed" in shown
+    assert demo.name in shown
     assert service.end(signal.SIGTERM) == 0
     assert "first-key" not in service.seen
 

@@ -11,14 +11,18 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypedDict
 
+from jinja2 import Environment, TemplateSyntaxError, nodes
+
 from stream_generator.errors import CheckpointError, InvalidRequest
 
 # Private-use characters: no script needs them, and templates pass them through untouched.
 _PRIVATE_USE = range(0xE000, 0xF8FF)
 
 
-# Of the few lines that make a prompt of a few words, Llama 3.1's template runs some hundreds.
-MOST_LINES, MOST_CHARACTERS = 1_000_000, 1_000_000
+# Of lines of a template, as it is compiled to Python, a prompt of a few words runs some hundreds.
+MOST_LINES, MOST_CHARACTERS = 100_000, 1_000_000
+LARGEST_FACTOR = 10_000  # that a template may multiply with: one operation can take without end
+TEMPLATE_FILE = "<template>"  # where Jinja says that its compiled code comes from
 ENDLESS = (
     "the checkpoint's chat template does not come to an end; take it from the model's own page, or "
     "remove it (chat_template.jinja, or chat_template in tokenizer_config.json)"
@@ -126,10 +130,12 @@ class ChatFormat:
         Raises `CheckpointError` where it goes on without end, or makes a book of a few words. One
         that refuses them (some take no system message) may still take others.
         """
+        _refuse_large_operations(str(self._tokenizer.chat_template or ""))
         turns: list[Message] = [
             {"role": role, "content": "Hello."} for role in ("system", "user", "assistant", "user")
         ]
-        for messages in ([turns[1]], turns[:2], turns[1:3], turns):
+        long = [*turns, *turns[2:] * 20]
+        for messages in ([turns[1]], turns[:2], turns[1:3], turns, long):
             with contextlib.suppress(InvalidRequest), _at_most(MOST_LINES):
                 if len(self._apply_template(messages, tokenize=False)) > MOST_CHARACTERS:
                     raise CheckpointError(ENDLESS)
@@ -227,16 +233,32 @@ class MetaChatFormat(ChatFormat):
         return found
 
 
+def _refuse_large_operations(template: str) -> None:
+    with contextlib.suppress(TemplateSyntaxError):  # it is refused where it is used
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        factors = [
+            side.value
+            for product in tree.find_all(nodes.Mul)
+            for side in (product.left, product.right)
+            if isinstance(side, nodes.Const) and isinstance(side.value, int)
+        ]
+        if any(tree.find_all(nodes.Pow)) or any(f > LARGEST_FACTOR for f in factors):
+            raise CheckpointError(ENDLESS)
+
+
 @contextlib.contextmanager
 def _at_most(lines: int) -> Iterator[None]:
-    """Let so many lines of Python run, which is what templates are compiled to."""
+    """Let so many lines of a template run."""
 
-    def trace(frame: FrameType, event: str, argument: object) -> Any:
+    def count(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal lines
         lines -= event == "line"
         if lines < 0:
             raise _TooLong
-        return trace
+        return count
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        return count if frame.f_code.co_filename == TEMPLATE_FILE else None
 
     before = sys.gettrace()
     sys.settrace(trace)

@@ -1,11 +1,13 @@
 """A model with its tokenizer, the facts that requests need of them, and how to load them."""
 
 import ctypes
+import json
 import logging
 import os
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Self
 
@@ -61,7 +63,9 @@ class Checkpoint:
 
     def describe(self) -> str:
         """What it is and where its parts came from, for a person."""
-        ends = " ".join(self.tokenizer.convert_ids_to_tokens(sorted(self.end_ids))) or "nothing"
+        ids = sorted(self.end_ids)
+        tokens = zip(ids, self.tokenizer.convert_ids_to_tokens(ids), strict=True)
+        ends = " ".join(token or f"id {i}" for i, token in tokens) or "nothing"
         return (
             f"{self.name}: {self.layout}, {type(self.model).__name__}, "
             f"{self.parameters / 1e6:,.0f} M parameters in "
@@ -161,23 +165,29 @@ def load_checkpoint(
     read, and no code of the checkpoint is run.
     Raises `CheckpointError`, whose message says what to do.
     """
-    found = locate(source, allow_pickle=allow_pickle)
-    directory = found.directory
-    refuse_unsafe(directory)
-    if not allow_pickle:
-        refuse_pickle(directory)
-    if device is None and device_map is None and torch.cuda.is_available():
+    if device is not None:
+        _refuse_unusable(device)
+    elif device_map is None and torch.cuda.is_available():
         device_map = "auto"
-    weights = sum(file.stat().st_size for file in weights_in(directory))
-    free = _free_for_weights(device, spread=device_map is not None)
-    refuse_if_too_large(directory, weights, free)
+    wanted = preferred_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    try:
+        found = locate(source, allow_pickle=allow_pickle)
+        directory = found.directory
+        refuse_unsafe(directory)
+        if not allow_pickle:
+            refuse_pickle(directory)
+        weights = sum(file.stat().st_size for file in weights_in(directory))
+    except (OSError, RuntimeError) as error:  # a place that must not be read or written, say
+        raise CheckpointError(f"could not read {source}: {error}") from error
+    needed = weights * wanted.itemsize // _stored_bytes(directory)
+    refuse_if_too_large(directory, needed, _free_for_weights(device, spread=device_map is not None))
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         chat = MetaChatFormat(tokenizer) if found.layout == META else ChatFormat(tokenizer)
         chat.check_template()
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=preferred_dtype(device) if dtype == "auto" else getattr(torch, dtype),
+            dtype=wanted,
             device_map=device_map or device,
             use_safetensors=None if allow_pickle else True,
             weights_only=True,
@@ -207,6 +217,24 @@ def load_checkpoint(
     made = Checkpoint.of(model, tokenizer, name or found.name)
     model.generation_config.stop_strings = None  # they are in the defaults now
     return replace(made, chat=chat, layout=found.layout, parameters=parameters)
+
+
+def _refuse_unusable(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(
+            f"--device {device} cannot be used here: {_first_line(error)}; try cpu, or cuda with a "
+            "PyTorch that has it"
+        ) from error
+
+
+def _stored_bytes(directory: Path) -> int:
+    """Bytes of a number in the files of weights, as far as the configuration tells."""
+    config = json.loads((directory / "config.json").read_text())
+    name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    stored = getattr(torch, str(name), None)
+    return stored.itemsize if isinstance(stored, torch.dtype) else 2
 
 
 def _free_for_weights(device: str | None, *, spread: bool) -> int:

@@ -126,9 +126,14 @@ def neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def write_gguf(
-    model: PreTrainedModel, tokenizer: Any, path: Path, encode: Encode = as_float32
+    model: PreTrainedModel,
+    tokenizer: Any,
+    path: Path,
+    encode: Encode = as_float32,
+    change: Callable[[GGUFWriter, dict[str, numpy.ndarray]], object] = lambda writer, tensors: None,
 ) -> Path:
     """A Llama as llama.cpp's converter writes it. encode: of each tensor, by its name in the file.
+    change: of what is written, before it is.
 
     tokenizer: of Meta's kind, see `meta_tokenizer`.
     """
@@ -158,16 +163,19 @@ def write_gguf(
     writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_add_bos_token(True)
+    tensors: dict[str, numpy.ndarray] = {}
     for name, weight in state.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if "q_proj" in name or "k_proj" in name:
             weight = neighbours(weight, heads if "q_proj" in name else key_heads)
-        name = name_in_file(name)
-        data, kind = encode(name, weight.numpy().astype(numpy.float32))
-        writer.add_tensor(name, data, raw_dtype=kind)
+        tensors[name_in_file(name)] = weight.numpy().astype(numpy.float32)
     if config.rope_parameters["rope_type"] == "llama3":
-        writer.add_tensor("rope_freqs.weight", divisors(size, config.rope_parameters["factor"]))
+        tensors["rope_freqs.weight"] = divisors(size, config.rope_parameters["factor"])
+    change(writer, tensors)
+    for name, tensor in tensors.items():
+        data, kind = encode(name, tensor)
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -51,6 +51,55 @@ def test_parts_may_be_told_where_to_go(saved: Path) -> None:
     assert ids[0]
 
 
+def test_a_device_of_another_machine_is_a_clear_error(saved: Path) -> None:
+    with pytest.raises(CheckpointError, match="--device meteor cannot be used here"):
+        load_checkpoint(str(saved), device="meteor")
+
+
+def test_an_end_that_the_vocabulary_lacks_is_told_by_its_number() -> None:
+    model = FakeModel(says(""))
+    model.generation_config.eos_token_id = [END, 300]
+    assert "id 300" in Checkpoint.of(model, byte_tokenizer()).describe()
+
+
+def test_weights_are_counted_as_they_are_loaded(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those for another program beside them, and twice where they become twice as large."""
+    directory = copy_without(saved, tmp_path / "model")
+    weights = (directory / "model.safetensors").stat().st_size
+    (directory / "consolidated.safetensors").write_bytes(b"x" * weights)
+    monkeypatch.setattr("stream_generator.checkpoint.free_memory", lambda device: weights)
+    assert load_checkpoint(str(directory), dtype="float32").parameters
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    with pytest.raises(CheckpointError, match="of memory"):
+        load_checkpoint(str(directory), dtype="float32")
+
+
+def test_a_file_of_several_that_is_missing_is_named(saved: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    tiny_llama(vocab_size=258).save_pretrained(directory, max_shard_size="20KB")
+    byte_tokenizer().save_pretrained(directory)
+    first = sorted(directory.glob("model-*.safetensors"))[0]
+    first.unlink()
+    with pytest.raises(
+        CheckpointError, match=rf"lacks 1 of \d+ files of its weights \({first.name}"
+    ):
+        load_checkpoint(str(directory))
+
+
+def test_what_must_not_be_read_is_a_clear_error(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(directory: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(directory))
+
+    monkeypatch.setattr("stream_generator.checkpoint.refuse_unsafe", refuse)
+    with pytest.raises(CheckpointError, match=r"could not read .*Permission denied"):
+        load_checkpoint(str(saved))
+
+
 def test_a_device_that_there_is_not_is_a_clear_error(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="could not load"):
         load_checkpoint(str(saved), device_map={"": "gpu:7"})

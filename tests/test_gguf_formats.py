@@ -1,18 +1,24 @@
 """A GGUF in every common format is as near to the model as the format allows."""
 
 import copy
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from conftest import tiny_llama
+from fakes import byte_tokenizer
+from gguf import GGUFWriter, RopeScalingType
 from gguf_files import as_file_type, decoded, name_in_file, write_gguf
 from test_layouts import BEGIN, END_OF_TURN, VOCABULARY, tokenizer_file
 from transformers import PreTrainedModel
 
 from stream_generator import quantization
 from stream_generator.checkpoint import load_checkpoint
+from stream_generator.errors import CheckpointError
 from stream_generator.loading.meta_checkpoint import meta_tokenizer
 from stream_generator.quantization import MANY_ROWS, ByRows, PackedLinear
 
@@ -88,3 +94,57 @@ def test_a_file_is_known_by_its_content_not_by_its_name(
     blob = (tmp_path / "tiny.gguf").rename(tmp_path / "sha256-6a0746a1ec1a")
     loaded = load_checkpoint(str(blob), name="tiny")
     assert (loaded.name, loaded.layout) == ("tiny", "a GGUF file")
+
+
+def test_what_lies_beside_a_file_is_not_read(
+    model: PreTrainedModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    path = write_gguf(model, tokenizer, folder / "tiny.gguf", as_file_type("F16"))
+    byte_tokenizer().save_pretrained(folder)
+    config = {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "config.json").write_text("{}")
+    text = "hello 彩虹"
+    for source in (path, folder):  # a directory with a config, but no other weights
+        assert load_checkpoint(str(source)).encode(text) == tokenizer.encode(text)
+    assert not (tmp_path / "ran").exists()
+
+
+Change = Callable[[GGUFWriter, dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda writer, tensors: tensors.pop("blk.1.ffn_down.weight"), "lacks 1 of its weights"),
+        (
+            lambda writer, tensors: tensors.update({"blk.0.attn_q.bias": numpy.ones(256, "f4")}),
+            "has biases",
+        ),
+        (lambda writer, tensors: writer.add_rope_scaling_type(RopeScalingType.YARN), "scaled"),
+    ],
+)
+def test_what_would_be_left_out_is_refused(
+    change: Change, words: str, model: PreTrainedModel, tokenizer: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = write_gguf(model, tokenizer, tmp_path / "tiny.gguf", change=change)
+    with pytest.raises(CheckpointError, match=words):
+        load_checkpoint(str(path))
+
+
+def test_llama_3s_texts_begin_with_their_mark_though_the_file_does_not_say_so(
+    model: PreTrainedModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def silent(writer: GGUFWriter, tensors: dict[str, Any]) -> None:
+        del writer.kv_data[0]["tokenizer.ggml.add_bos_token"]
+
+    path = write_gguf(model, tokenizer, tmp_path / "tiny.gguf", change=silent)
+    assert load_checkpoint(str(path)).encode("hello")[0] == BEGIN

@@ -228,8 +228,9 @@ def test_conversations_outlive_a_reload_and_a_restart_of_the_page(
     expect(answers(page)).to_have_text(answer)
     page.get_by_role("button", name="New conversation").click()
     expect(page.locator("#chat .message-row")).to_have_count(0)
-    with writing(page):
+    with writing(page):  # which nothing here limits
         send(page, "And cats?")
+        page.locator("#box .stop-button").click()
     expect(page.locator(".shelf .open")).to_have_text(["And cats?", "Tell me about rainbows."])
     address.kill()
     address.start()

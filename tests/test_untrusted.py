@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from stream_generator.chat import ChatFormat
 from stream_generator.checkpoint import load_checkpoint
-from stream_generator.errors import CheckpointError
+from stream_generator.errors import CheckpointError, InvalidRequest
 from stream_generator.loading.gguf_header import checked_parameters
 
 Harm = Callable[[Path], object]
@@ -118,13 +118,26 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "an architecture that does not write": (
         config(architectures=["CLIPModel"], model_type="clip"), "could not load",
     ),
+    "a kernel of the hub's": (
+        config(attn_implementation="kernels-community/flash-attn"), "code to fetch",
+    ),
+    "an adapter of another model": (text("adapter_config.json", "{}"), "an adapter"),
     "pickled weights": (pickled(dict), "--allow-pickle"),
     "a template that loops": (
         text("chat_template.jinja", "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3),
         "does not come to an end",
     ),
-    "a template that calls itself": (
-        text("chat_template.jinja", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}"), "",
+    "a template that loops in a long conversation": (
+        text(
+            "chat_template.jinja",
+            "{% if messages|length > 5 %}" + "{% for i in range(99999) %}" * 3
+            + "{% endfor %}" * 3 + "{% endif %}",
+        ),
+        "does not come to an end",
+    ),
+    "a template with a power": (text("chat_template.jinja", "{{ 9**(9**9) }}"), "to an end"),
+    "a template with a large product": (
+        text("chat_template.jinja", "{{ (range(99999)|list * 30000)|sum }}"), "to an end",
     ),
     "a template that makes a book": (
         text("chat_template.jinja", "{{ 'word ' * 1000000 }}"), "does not come to an end",
@@ -155,9 +168,6 @@ HARMS: dict[str, tuple[Harm, str]] = {
 def test_a_harmful_checkpoint_is_refused_with_what_is_wrong(model: Path, name: str) -> None:
     harm, words = HARMS[name]
     harm(model)
-    if not words:  # it harms those alone who chat
-        load_checkpoint(str(model))
-        return
     with pytest.raises(CheckpointError, match=words):
         load_checkpoint(str(model))
 
@@ -179,6 +189,23 @@ def test_an_ordinary_template_runs_a_small_part_of_what_is_allowed() -> None:
     refusing = "{{ raise_exception('no system message') }}"
     ChatFormat(byte_tokenizer(chat_template=refusing)).check_template()
     ChatFormat(byte_tokenizer(chat_template=None)).check_template()
+
+
+def test_a_template_that_calls_itself_refuses_every_chat(model: Path) -> None:
+    text("chat_template.jinja", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}")(model)
+    chat = load_checkpoint(str(model)).chat
+    with pytest.raises(InvalidRequest, match="template refuses"):
+        chat.encode([{"role": "user", "content": "hi"}])
+
+
+def test_a_sound_template_may_be_large() -> None:
+    """Such as those that describe tools: what is compiled is not run."""
+    branches = "".join(
+        f"{{% if messages[0]['content'] == '{n}' %}}{{{{ 'tool {n}' }}}}{{% endif %}}\n"
+        for n in range(800)
+    )
+    assert len(branches) > 40_000
+    ChatFormat(byte_tokenizer(chat_template=branches)).check_template()
 
 
 @pytest.fixture(scope="module")

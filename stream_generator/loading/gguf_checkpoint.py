@@ -7,6 +7,7 @@ loads in under a second. Four and eight bit weights are also kept as they are.
 import logging
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 PACKED_FILE = "packed.safetensors"  # the weights as the GGUF has them, beside the dense ones
 MAGIC = b"GGUF"
-CONVERSION = 2  # raise it when the conversion changes, so that older results are not used
+CONVERSION = 3  # raise it when the conversion changes, so that older results are not used
 
 
 def _digits_first() -> pre_tokenizers.PreTokenizer:
@@ -67,21 +68,33 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
+def refuse_part(name: str) -> None:
+    """Raise `CheckpointError` for a name that llama.cpp gives to one file of several."""
+    if re.search(r"-\d{5}-of-\d{5}\.gguf$", name):
+        raise CheckpointError(
+            f"{name} is one part of several; join them with llama.cpp's llama-gguf-split --merge"
+        )
+
+
 def converted_gguf(path: Path, cache: Path | None = None) -> Path:
     """The same model as a directory in Hugging Face format, in the cache.
 
     Raises `CheckpointError` for a file that is damaged, or of an architecture that is not known.
     """
-    if re.search(r"-\d{5}-of-\d{5}$", path.stem):
-        raise CheckpointError(
-            f"{path} is one part of several; join them with llama.cpp's llama-gguf-split --merge"
-        )
+    refuse_part(path.name)
     facts = fingerprint(CONVERSION, state_of([path]))
     target = (cache or cache_directory()) / "converted" / f"{path.stem}-{facts}"
-    # Dense in bfloat16, and packed: at most five times four bits.
-    return made_once(
-        target, lambda directory: convert_gguf(path, directory), 5 * path.stat().st_size
-    )
+    if target.is_dir():
+        return target
+    from stream_generator.loading.gguf_header import checked_parameters
+
+    try:
+        dense = 2 * checked_parameters(path)  # in bfloat16
+    except ValueError as error:
+        raise _unreadable(path, error) from error
+    refuse_if_too_large(path, dense, free_memory(torch.device("cpu")))
+    size = dense + path.stat().st_size  # beside the dense weights, about those of the file
+    return made_once(target, lambda directory: convert_gguf(path, directory), size)
 
 
 def convert_gguf(path: Path, directory: Path) -> None:
@@ -89,45 +102,73 @@ def convert_gguf(path: Path, directory: Path) -> None:
     # Imported here: only the first start needs it, and it takes a while.
     from gguf import GGUFReader
 
-    from stream_generator.loading.gguf_header import checked_parameters
     from stream_generator.loading.gguf_weights import packed_weights
 
     print(f"Converting {path.name} for faster starts (once) ...", file=sys.stderr)
-    source, name = str(path.parent), path.name
     try:
-        parameters = checked_parameters(path)
-        refuse_if_too_large(path, 2 * parameters, free_memory(torch.device("cpu")))  # in bfloat16
         reader = GGUFReader(path)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
+        tokenizer, model = _read_alone(path)
         _mend_tokenizer(tokenizer, reader.fields)
         _mend_rotation(model.config, reader)
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        packed = packed_weights(path, linears)
-    except CheckpointError:
-        raise
     except Exception as error:  # whatever a foreign file makes the readers raise
-        detail = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(
-            f"{path} could not be read: {detail[0]}; if it was cut off, download it again"
-        ) from error
+        raise _unreadable(path, error) from error
     model.save_pretrained(directory)
+    del model  # both at once would take half as much memory again
+    try:
+        packed = packed_weights(path, linears)
+    except (ValueError, KeyError) as error:
+        raise _unreadable(path, error) from error
     if packed:
         save_packed(packed, directory / PACKED_FILE)
     tokenizer.save_pretrained(directory)
 
 
+def _read_alone(path: Path) -> tuple[Any, Any]:
+    """The file's tokenizer and model, without what lies beside it: transformers would prefer that.
+
+    Raises `ValueError` where the file lacks weights, or has some that transformers leaves out.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "model.gguf"
+        source.symlink_to(path.resolve())
+        options: dict[str, Any] = {"gguf_file": source.name, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+            output_loading_info=True,
+            **options,
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"it lacks {len(missing)} of its weights ({missing[0]}, ...)")
+    return tokenizer, model
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    detail = str(error).strip().splitlines() or [type(error).__name__]
+    return CheckpointError(
+        f"{path} could not be read: {detail[0]}; if it was cut off, download it again"
+    )
+
+
 def _mend_rotation(config: Any, reader: Any) -> None:
     """Llama 3.1's and 3.2's scaled frequencies, which a GGUF has as a tensor of divisors.
 
-    transformers leaves them out. Raises `ValueError` where they are not of that kind.
+    transformers leaves them out. Raises `ValueError` for what it leaves out and we do, too.
     """
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    kind = next(
+        (f for name, f in reader.fields.items() if name.endswith("rope.scaling.type")), None
+    )
+    if kind is not None and kind.contents() != "none":
+        raise ValueError(
+            f"its rotary positions are scaled ({kind.contents()}), which cannot be taken over; use "
+            "the model in Hugging Face format"
+        )
+    if config.model_type == "llama" and any(name.endswith(".bias") for name in tensors):
+        raise ValueError("it has biases, which transformers leaves out of a Llama")
     if "rope_freqs.weight" not in tensors:
         return
     divisors = torch.tensor(tensors["rope_freqs.weight"].data)
@@ -162,7 +203,10 @@ def _mend_tokenizer(tokenizer: Any, fields: dict[str, Any]) -> None:
         else:
             logger.warning("the file's tokenizer is of the kind %s: it may split otherwise", kind)
         begin = tokenizer.bos_token
-        if begin and field("tokenizer.ggml.add_bos_token"):
+        begins = field("tokenizer.ggml.add_bos_token")
+        if begins is None:  # many files of Llama 3 do not say it; llama.cpp knows
+            begins = kind == "llama-bpe"
+        if begin and begins:
             backend.post_processor = processors.TemplateProcessing(
                 single=f"{begin} $A", special_tokens=[(begin, tokenizer.bos_token_id)]
             )

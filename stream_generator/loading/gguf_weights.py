@@ -43,9 +43,11 @@ def packed_weights(path: Path, names: list[str]) -> dict[str, torch.Tensor]:
     layers = reader.fields[f"{architecture}.block_count"].contents()
     in_file = get_tensor_name_map(kinds[architecture], layers)
     tensors = {tensor.name.removesuffix(".weight"): tensor for tensor in reader.tensors}
-    heads = reader.fields[f"{architecture}.attention.head_count"].contents()
-    key_heads = reader.fields[f"{architecture}.attention.head_count_kv"].contents()
-    interleaved = {"q_proj": heads, "k_proj": key_heads} if architecture == "llama" else {}
+    interleaved = {}
+    if architecture == "llama":
+        heads = reader.fields["llama.attention.head_count"].contents()
+        key_heads = reader.fields.get("llama.attention.head_count_kv")
+        interleaved = {"q_proj": heads, "k_proj": key_heads.contents() if key_heads else heads}
     weights: dict[str, torch.Tensor] = {}
     for name in names:
         tensor = tensors.get(in_file.get_name(name) or "")

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import DryRunError, GatedRepoError
 
 from stream_generator.errors import CheckpointError
+from stream_generator.loading.gguf_checkpoint import refuse_part
 from stream_generator.loading.untrusted import refuse_unsafe, weight_files
 
 FACTS = ["*.json", "*.jinja", "*.model", "*.txt"]  # what describes a model
@@ -42,6 +43,7 @@ def downloaded_model(name: str, revision: str | None, *, allow_pickle: bool = Fa
 
 def downloaded_file(name: str, file: str, revision: str | None) -> Path:
     """One file of a repository, in the hub's cache. Raises `CheckpointError`."""
+    refuse_part(file)
     path = _downloaded(name, revision, [file]) / file
     if not path.is_file():
         raise CheckpointError(f"{name} holds no {file}; {_no_weights(name, revision)}")
@@ -78,7 +80,9 @@ def _tried(what: str, download: Callable[[], Path]) -> Path:
         raise CheckpointError(
             f"{what} is gated: ask for access on its page on the hub, then set HF_TOKEN"
         ) from error
-    except (OSError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # its HTTP library's own, among others
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"could not get {what} from the hub: {reason}") from error
 
@@ -86,8 +90,8 @@ def _tried(what: str, download: Callable[[], Path]) -> Path:
 def _no_weights(name: str, revision: str | None) -> str:
     try:
         files = HfApi().list_repo_files(name, revision=revision)
-    except (OSError, ValueError):
-        files = []
+    except Exception as error:  # its HTTP library's own, among others
+        return f"{name} is not wholly in the cache, and the hub cannot be asked: {error}"
     ggufs = [file for file in sorted(files) if file.endswith(".gguf")]
     if ggufs:
         choices = ", ".join(f"{name}:{file}" for file in ggufs[:8])

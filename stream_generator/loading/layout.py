@@ -9,6 +9,7 @@ from stream_generator.loading.demo_model import DEMO_NAME, demo_model_directory
 from stream_generator.loading.gguf_checkpoint import converted_gguf, is_gguf
 from stream_generator.loading.hub import downloaded_file, downloaded_model
 from stream_generator.loading.meta_checkpoint import converted_meta_checkpoint, is_meta_layout
+from stream_generator.loading.untrusted import weight_files
 
 HUGGING_FACE, HUB, GGUF, META, DEMO = (
     "a directory in Hugging Face format", "a model of the hub", "a GGUF file",
@@ -59,11 +60,11 @@ def locate(source: str | None, *, allow_pickle: bool = False) -> Located:
 
 def _in_directory(path: Path) -> Located:
     name = path.resolve().name
-    if (path / "config.json").is_file():
+    ggufs = sorted(path.glob("*.gguf"))
+    if (path / "config.json").is_file() and (weights_in(path) or not ggufs):
         return Located(HUGGING_FACE, path, name)
     if is_meta_layout(path):
         return Located(META, converted_meta_checkpoint(path), name)
-    ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:
         return Located(GGUF, converted_gguf(ggufs[0]), ggufs[0].stem)
     if ggufs:
@@ -74,5 +75,18 @@ def _in_directory(path: Path) -> Located:
 
 
 def weights_in(directory: Path) -> list[Path]:
-    """The files of weights of a directory in Hugging Face format: pickled ones if no others."""
-    return sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    """The files of weights that transformers reads of a directory; pickled ones if no others.
+
+    Raises `CheckpointError` where an index names files that are not there.
+    """
+    for kind in ("model.safetensors", "pytorch_model.bin"):
+        files = [directory / name for name in weight_files(directory, kind)]
+        missing = [file.name for file in files if not file.is_file()]
+        if not missing:
+            return files
+        if len(missing) < len(files):
+            raise CheckpointError(
+                f"{directory} lacks {len(missing)} of {len(files)} files of its weights "
+                f"({missing[0]}, ...); download them again"
+            )
+    return []

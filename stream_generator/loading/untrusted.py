@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,34 @@ def refuse_unsafe(directory: Path) -> None:
                 f"{file} names code of the checkpoint's own (auto_map), which is not run here; use "
                 "a model that transformers itself knows, or take auto_map out if it does"
             )
+        if kernel := next(_values(content, "attn_implementation"), None):
+            raise CheckpointError(
+                f"{file} names code to fetch from the hub ({kernel}), which is not run here; take "
+                "that entry out"
+            )
         if file.name.endswith(".index.json"):
             for part in _parts(file):
                 if not _PLAIN_NAME.fullmatch(part):  # nor is it a pattern
                     raise CheckpointError(f"{file} leads out of its directory ({part})")
+    if (directory / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{directory} holds an adapter, which names a model elsewhere; merge the two, and give "
+            "the merged model"
+        )
     # The hub's own cache keeps what a directory links to in one beside it.
     allowed = [directory.resolve(), directory.resolve().parent.parent / "blobs"]
     for file in directory.iterdir():
         target = file.resolve()
         if file.is_symlink() and not any(target.is_relative_to(place) for place in allowed):
-            raise CheckpointError(f"{file} is a link out of its directory, to {target}")
+            raise CheckpointError(
+                f"{file} is a link out of its directory, to {target}; put the files themselves "
+                "there, or name the directory that they are in"
+            )
 
 
 def refuse_pickle(directory: Path) -> None:
     """Raise `CheckpointError` for weights that are pickled alone: reading a pickle can run code."""
-    if any(directory.glob("*.safetensors")):
+    if any(directory.glob("model*.safetensors*")):
         return
     if pickled := sorted(p.name for kind in ("*.bin", "*.pt") for p in directory.glob(kind)):
         raise CheckpointError(
@@ -69,3 +83,15 @@ def _names(value: object, key: str) -> bool:
     if isinstance(value, dict):
         return key in value or any(_names(inner, key) for inner in value.values())
     return isinstance(value, list) and any(_names(inner, key) for inner in value)
+
+
+def _values(value: object, key: str) -> Iterator[str]:
+    """The texts with a slash under keys that end in `key`, anywhere in a JSON value."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if name.endswith(key) and "/" in str(inner):
+                yield str(inner)
+            yield from _values(inner, key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _values(inner, key)

@@ -202,6 +202,11 @@ def load_checkpoint(
             "use a version in safetensors"
         ) from error
     except Exception as error:  # whatever a foreign checkpoint makes transformers raise
+        if "ignore_mismatched_sizes" in str(error):
+            raise CheckpointError(
+                f"the weights in {directory} have other shapes than config.json says; download "
+                "both again"
+            ) from error
         raise CheckpointError(
             f"could not load {source or 'the demo model'}: {_first_line(error)}; --ckpts takes "
             f"{ACCEPTED}"

@@ -96,6 +96,11 @@ def show(value: Any, reply_id: str | None, request: gr.Request) -> Updates:
     }
 
 
+def redraw(value: Any, request: gr.Request) -> list[dict[str, Any]]:
+    """What is open: the last update of a reply that was left may have come after it."""
+    return transcript(received(value), words_of(request))
+
+
 def show_new(reply_id: str | None, request: gr.Request) -> Updates:
     return show(None, reply_id, request)
 
@@ -320,10 +325,14 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
     chat.undo(undo, shelf, [shelf, chat, box], **small)
     opening["cancels"] = written
     demo.load(show, [shelf, running], js=parts.OPENED, **opening)
-    shelf.choose(show, [shelf, running], js=parts.CHOSEN, **opening)
-    shelf.bring(show_file, [shelf, running], js=parts.BROUGHT, **opening)
-    new.click(show_new, running, **opening)
-    shelf.fresh(show_new, running, **opening)
+    opened = [
+        shelf.choose(show, [shelf, running], js=parts.CHOSEN, **opening),
+        shelf.bring(show_file, [shelf, running], js=parts.BROUGHT, **opening),
+        new.click(show_new, running, **opening),
+        shelf.fresh(show_new, running, **opening),
+    ]
+    for event in opened:
+        event.then(redraw, shelf, chat, **small)
 
     for field in fields:
         changed = field.release if isinstance(field, gr.Slider) else field.blur

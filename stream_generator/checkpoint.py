@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from stream_generator.chat import ChatFormat, MetaChatFormat
 from stream_generator.detokenizer import Detokenizer, token_bytes
-from stream_generator.errors import CheckpointError, InvalidRequest, PromptTooLong
+from stream_generator.errors import CheckpointError, InvalidRequest, PromptTooLong, first_line
 from stream_generator.fused import fuse
 from stream_generator.loading.gguf_checkpoint import PACKED_FILE
 from stream_generator.loading.layout import ACCEPTED, META, Located, locate, weights_in
@@ -208,7 +208,7 @@ def load_checkpoint(
                 "both again"
             ) from error
         raise CheckpointError(
-            f"could not load {source or 'the demo model'}: {_first_line(error)}; --ckpts takes "
+            f"could not load {source or 'the demo model'}: {first_line(error)}; --ckpts takes "
             f"{ACCEPTED}"
         ) from error
     if missing := sorted(report["missing_keys"]):
@@ -229,7 +229,7 @@ def _refuse_unusable(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(
-            f"--device {device} cannot be used here: {_first_line(error)}; try cpu, or cuda with a "
+            f"--device {device} cannot be used here: {first_line(error)}; try cpu, or cuda with a "
             "PyTorch that has it"
         ) from error
 
@@ -329,8 +329,3 @@ def _defaults(config: GenerationConfig | None) -> SamplingParams:
             logger.warning("ignoring %s=%r of the checkpoint's generation config", name, value)
     # A checkpoint may be greedy and still carry a temperature: transformers lets it, so do we.
     return SamplingParams.model_construct(**defaults)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

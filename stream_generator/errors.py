@@ -43,3 +43,9 @@ class TimeLimitReached(StreamGeneratorError):
 
 class GenerationFailed(StreamGeneratorError):
     """Computing this request's tokens failed; other requests are not affected."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says first; its name, if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from stream_generator.errors import CheckpointError
+from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loading.cache import cache_directory, fingerprint, made_once, state_of
 from stream_generator.loading.packed_file import save_packed
 from stream_generator.memory import free_memory, refuse_if_too_large
@@ -109,6 +109,7 @@ def convert_gguf(path: Path, directory: Path) -> None:
         reader = GGUFReader(path)
         tokenizer, model = _read_alone(path)
         _mend_tokenizer(tokenizer, reader.fields)
+        _refuse_biases(model.config, reader)
         _mend_rotation(model.config, reader)
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     except Exception as error:  # whatever a foreign file makes the readers raise
@@ -127,7 +128,7 @@ def convert_gguf(path: Path, directory: Path) -> None:
 def _read_alone(path: Path) -> tuple[Any, Any]:
     """The file's tokenizer and model, without what lies beside it: transformers would prefer that.
 
-    Raises `ValueError` where the file lacks weights, or has some that transformers leaves out.
+    Raises `ValueError` where the file lacks weights.
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.gguf"
@@ -147,10 +148,14 @@ def _read_alone(path: Path) -> tuple[Any, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    detail = str(error).strip().splitlines() or [type(error).__name__]
     return CheckpointError(
-        f"{path} could not be read: {detail[0]}; if it was cut off, download it again"
+        f"{path} could not be read: {first_line(error)}; if it was cut off, download it again"
     )
+
+
+def _refuse_biases(config: Any, reader: Any) -> None:
+    if config.model_type == "llama" and any(t.name.endswith(".bias") for t in reader.tensors):
+        raise ValueError("it has biases, which transformers leaves out of a Llama")
 
 
 def _mend_rotation(config: Any, reader: Any) -> None:
@@ -167,8 +172,6 @@ def _mend_rotation(config: Any, reader: Any) -> None:
             f"its rotary positions are scaled ({kind.contents()}), which cannot be taken over; use "
             "the model in Hugging Face format"
         )
-    if config.model_type == "llama" and any(name.endswith(".bias") for name in tensors):
-        raise ValueError("it has biases, which transformers leaves out of a Llama")
     if "rope_freqs.weight" not in tensors:
         return
     divisors = torch.tensor(tensors["rope_freqs.weight"].data)

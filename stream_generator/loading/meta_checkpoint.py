@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from stream_generator.errors import CheckpointError
+from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loading.cache import cache_directory, fingerprint, made_once, state_of
 
 CONVERSION = 1  # raise it when the conversion changes, so that older results are not used
@@ -76,9 +76,8 @@ def _convert(source: Path, files: list[Path], target: Path) -> None:
         tied = _write_weights(params, shards, target)
         _config(params, shards, tied).save_pretrained(target)
     except Exception as error:  # whatever a foreign file makes torch raise, it means the same
-        detail = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"{source} is not a Llama 3 checkpoint as Meta distributes it: {detail[0]}"
+            f"{source} is not a Llama 3 checkpoint as Meta distributes it: {first_line(error)}"
         ) from error
     tokenizer = meta_tokenizer(source / "tokenizer.model")
     tokenizer.save_pretrained(target)

@@ -15,16 +15,17 @@ def refuse_unsafe(directory: Path) -> None:
     """Raise `CheckpointError` where a directory names code of its own, or leads out of itself."""
     for file in [*directory.glob("*config.json"), *directory.glob("*.index.json")]:
         content = _content(file)
-        if _names(content, "auto_map"):
-            raise CheckpointError(
-                f"{file} names code of the checkpoint's own (auto_map), which is not run here; use "
-                "a model that transformers itself knows, or take auto_map out if it does"
-            )
-        if kernel := next(_values(content, "attn_implementation"), None):
-            raise CheckpointError(
-                f"{file} names code to fetch from the hub ({kernel}), which is not run here; take "
-                "that entry out"
-            )
+        for key, value in _entries(content):
+            if key == "auto_map":
+                raise CheckpointError(
+                    f"{file} names code of the checkpoint's own (auto_map), which is not run here; "
+                    "use a model that transformers itself knows, or take auto_map out if it does"
+                )
+            if key.endswith("attn_implementation") and "/" in str(value):
+                raise CheckpointError(
+                    f"{file} names code to fetch from the hub ({value}), which is not run here; "
+                    "take that entry out"
+                )
         if file.name.endswith(".index.json"):
             for part in _parts(file):
                 if not _PLAIN_NAME.fullmatch(part):  # nor is it a pattern
@@ -78,20 +79,10 @@ def _content(file: Path) -> Any:
         raise CheckpointError(f"{file} is not JSON ({error}); download it again") from error
 
 
-def _names(value: object, key: str) -> bool:
-    """Whether a key occurs anywhere in a JSON value."""
+def _entries(value: object) -> Iterator[tuple[str, object]]:
+    """Every key with its value, however deep in a JSON value."""
     if isinstance(value, dict):
-        return key in value or any(_names(inner, key) for inner in value.values())
-    return isinstance(value, list) and any(_names(inner, key) for inner in value)
-
-
-def _values(value: object, key: str) -> Iterator[str]:
-    """The texts with a slash under keys that end in `key`, anywhere in a JSON value."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            if name.endswith(key) and "/" in str(inner):
-                yield str(inner)
-            yield from _values(inner, key)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _values(inner, key)
+        yield from value.items()
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in inner:
+        yield from _entries(item)

@@ -27,14 +27,13 @@ from chat_page.controls import About, Controls, settings_of
 from chat_page.conversation import Conversation, Settings
 from chat_page.look import HEAD, STYLE, THEME
 from chat_page.markup import LATEX_DELIMITERS, unmarked
-from chat_page.reply import Replies, sentence
+from chat_page.reply import REPLIES_AT_ONCE, Replies, sentence
 from chat_page.tokens import Token, branch, for_view, text_of
 from chat_page.transcript import finished, in_progress, transcript, turn_at
 from chat_page.words import Words, i18n, language_of, preset, words_of
 from stream_service.client import StreamClient, StreamError
 
 ADDRESS = "http://127.0.0.1:8800"
-REPLIES_AT_ONCE = 64  # each holds a thread
 SECONDS_BETWEEN_SAVES = 2.0
 
 Updates = dict[Any, Any]
@@ -82,13 +81,13 @@ def offered(conversation: Conversation, words: Words) -> Updates:
     }
 
 
-def show(value: Any, reply_id: str | None, request: gr.Request) -> Updates:
+def show(value: Any, request: gr.Request) -> Updates:
     """Open a conversation: its messages and its settings."""
-    replies.leave(reply_id)
     conversation, words = received(value), words_of(request)
     return {
         shelf: conversation.model_dump(),
         chat: gr.update(value=transcript(conversation, words), placeholder=words("welcome")),
+        lane: None,
         tokens: (),
         token_view: [],
         box: gr.update(submit_btn=True, stop_btn=False),
@@ -96,22 +95,19 @@ def show(value: Any, reply_id: str | None, request: gr.Request) -> Updates:
     }
 
 
-def redraw(value: Any, request: gr.Request) -> list[dict[str, Any]]:
-    """What is open: the last update of a reply that was left may have come after it."""
-    return transcript(received(value), words_of(request))
+def recover(value: Any, request: gr.Request) -> Updates:
+    """After an event that failed here, which the log tells of: show what is open as it is."""
+    gr.Warning(words_of(request)("failed"))
+    return show(value, request)
 
 
-def show_new(reply_id: str | None, request: gr.Request) -> Updates:
-    return show(None, reply_id, request)
-
-
-def show_file(text: Any, reply_id: str | None, request: gr.Request) -> Updates:
+def show_file(text: Any, request: gr.Request) -> Updates:
     try:
         conversation = files.from_json(str(text))
     except files.NotAConversation:
         gr.Warning(words_of(request)("not_a_conversation"))
         return {}
-    return show(conversation.model_dump(), reply_id, request)
+    return show(conversation.model_dump(), request)
 
 
 def write(
@@ -128,7 +124,7 @@ def write(
     updates: Updates = {
         box: gr.update(value="", submit_btn=False, stop_btn=True),
         shelf: conversation.model_dump(),
-        running: reply_id,
+        lane: reply_id,
     }
     if about is None:  # the service was away when the page was opened
         updates |= offered(conversation, words)
@@ -159,13 +155,13 @@ def end_of(conversation: Conversation, seen: tuple[Token, ...], words: Words) ->
         tokens: seen,
         token_view: for_view(seen),
         box: gr.update(submit_btn=True, stop_btn=False),
-        running: None,
+        lane: None,
     }
 
 
 def send(
-    message: str,
     value: Any,
+    message: str,
     about: About | None,
     with_tokens: bool,
     request: gr.Request,
@@ -244,8 +240,8 @@ def fill_prompt(name: str, request: gr.Request) -> str:
     return preset(name, language_of(request))
 
 
-def keep_settings(value: Any, about: About | None, *settings: Any) -> dict[str, Any]:
-    return chosen(value, about, settings).model_dump()
+def keep_settings(value: Any, about: About | None, *settings: Any) -> gr.HTML:
+    return gr.HTML(changed=chosen(value, about, settings).model_dump())
 
 
 def download(value: Any, ending: str) -> dict[str, Any]:
@@ -258,7 +254,7 @@ def download(value: Any, ending: str) -> dict[str, Any]:
 
 with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=True) as demo:
     service = gr.State(None)  # About, as far as it is known
-    running = gr.State(None)  # the id of the reply that is being written
+    lane = parts.lane()  # the id of the reply that is being written
     tokens = gr.State(())  # of the last reply
     saved_file = parts.download()
     with gr.Sidebar(width=280, elem_id="left"):
@@ -299,51 +295,64 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
     )
 
     fields = list(controls.fields.values())
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    small = {"queue": False, **quiet}
     opening = {
-        "outputs": [shelf, chat, status, service, tokens, token_view, box, *fields],
-        "show_progress": "hidden",
-        "api_visibility": "private",
+        "inputs": shelf,
+        "outputs": [shelf, chat, status, service, lane, tokens, token_view, box, *fields],
+        "trigger_mode": "multiple",
+        **quiet,
     }
     writing = {
-        "outputs": [box, shelf, chat, running, tokens, token_view, status, service, *fields],
-        "show_progress": "hidden",
-        "api_visibility": "private",
-        "concurrency_limit": REPLIES_AT_ONCE,
-        "concurrency_id": "replies",
+        "outputs": [box, shelf, chat, lane, tokens, token_view, status, service, *fields],
+        "js": parts.ENTER,
+        "concurrency_limit": None,  # `replies` has one
+        **quiet,
     }
-    small = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
-    context = [shelf, service, with_tokens]
-
-    written = [
-        box.submit(send, [box, *context, *fields], **writing),
-        chat.retry(retry, [*context, *fields], **writing),
-        chat.edit(edit, [*context, *fields], **writing),
-        chat.option_select(go_on, [*context, *fields], **writing),
-        token_view.take(take, [shelf, service, tokens, *fields], **writing),
-    ]
-    box.stop(replies.stop, running, None, **small)
-    chat.undo(undo, shelf, [shelf, chat, box], **small)
-    opening["cancels"] = written
-    demo.load(show, [shelf, running], js=parts.OPENED, **opening)
-    opened = [
-        shelf.choose(show, [shelf, running], js=parts.CHOSEN, **opening),
-        shelf.bring(show_file, [shelf, running], js=parts.BROUGHT, **opening),
-        new.click(show_new, running, **opening),
-        shelf.fresh(show_new, running, **opening),
-    ]
-    for event in opened:
-        event.then(redraw, shelf, chat, **small)
-
-    for field in fields:
-        changed = field.release if isinstance(field, gr.Slider) else field.blur
-        changed(keep_settings, [shelf, service, *fields], shelf, **small)
-    controls.preset.input(fill_prompt, controls.preset, controls.system_prompt, **small)
-    controls.reset.click(
+    keeping = {
+        "fn": keep_settings,
+        "inputs": [shelf, service, *fields],
+        "outputs": shelf,
+        "js": parts.ENTER_PATIENTLY,
+        "trigger_mode": "multiple",
+        **small,
+    }
+    context = [service, with_tokens, *fields]
+    preset_chosen = controls.preset.input(
+        fill_prompt, controls.preset, controls.system_prompt, **small
+    )
+    reset = controls.reset.click(
         lambda about: controls.updates(Settings(), about), service, fields, **small
-    ).then(keep_settings, [shelf, service, *fields], shelf, **small)
+    )
+    settled = [field.release if isinstance(field, gr.Slider) else field.blur for field in fields]
+
+    for event in (
+        demo.load(show, js=parts.OPENED, **opening),
+        shelf.choose(show, js=parts.CHOSEN, **opening),
+        shelf.bring(show_file, js=parts.BROUGHT, **opening),
+        shelf.fresh(show, js=parts.DELETED, **opening),
+        new.click(show, js=parts.NEW, **opening),
+        box.submit(send, [shelf, box, *context], **writing),
+        chat.retry(retry, [shelf, *context], **writing),
+        chat.edit(edit, [shelf, *context], **writing),
+        chat.option_select(go_on, [shelf, *context], **writing),
+        token_view.take(take, [shelf, service, tokens, *fields], **writing),
+        chat.undo(undo, shelf, [shelf, chat, box], js=parts.ENTER, **small),
+        gr.on(settled, **keeping),
+        preset_chosen.then(**keeping),
+        reset.then(**keeping),
+    ):
+        parts.leave_lane(event.then)
+        recovered = event.failure(recover, js=parts.SHOWN, **opening)
+        parts.leave_lane(recovered.then)
+        parts.leave_lane(recovered.failure)
+
+    box.stop(replies.stop, lane, None, **small)
+    lane.stop(replies.stop, lane, None, **small)
     with_tokens.input(lambda on: gr.update(visible=on), with_tokens, token_panel, **small)
-    as_markdown.click(lambda value: download(value, "md"), shelf, saved_file, **small)
-    as_json.click(lambda value: download(value, "json"), shelf, saved_file, **small)
+    saving = {"inputs": shelf, "outputs": saved_file, "js": parts.SHOWN, **small}
+    as_markdown.click(lambda value: download(value, "md"), **saving)
+    as_json.click(lambda value: download(value, "json"), **saving)
 
 demo.queue(max_size=4 * REPLIES_AT_ONCE, default_concurrency_limit=None)
 

@@ -13,23 +13,47 @@ from chat_page.words import texts
 
 ASSETS = Path(__file__).parent / "assets"
 
-# What the events below bring along: the value of an input, fetched in the browser.
-CHOSEN = "() => [window.conversations.chosen]"
-BROUGHT = "() => [window.conversations.brought]"
-OPENED = "() => [window.conversations.opened()]"
+# What the page's events do in the browser first: they enter the lane, one at a time, and bring the
+# conversation as it is then (the first of their inputs) or the one that is to be opened.
+ENTER = "async (seen, ...others) => [await window.lane.enter(seen), ...others]"
+ENTER_PATIENTLY = "async (seen, ...others) => [await window.lane.enter(seen, false), ...others]"
+NEW = "async () => { await window.lane.enter(); return [null]; }"
+OPENED = "async () => { await window.lane.enter(); return [window.conversations.opened()]; }"
+CHOSEN = "async () => { await window.lane.enter(); return [window.conversations.chosen]; }"
+BROUGHT = "async () => { await window.lane.enter(); return [window.conversations.brought]; }"
+DELETED = """async () => {
+    await window.lane.enter();
+    window.conversations.remove(window.conversations.unwanted);
+    return [null];
+}"""
+SHOWN = "() => [window.conversations.current]"
+
+
+def leave_lane(after: Any) -> None:
+    """Let the next one in `after` an event: its `then` or its `failure`."""
+    after(None, None, None, js="() => window.lane.leave()", api_visibility="private")
+
+
+def lane() -> gr.HTML:
+    """Keeps the page's events apart. Its value is the id of the reply that is being written.
+
+    Event: `stop`, when something waits for that reply to end.
+    """
+    return _scripted("lane")
 
 
 def conversation_shelf() -> gr.HTML:
     """The visitor's conversations, in their browser's storage. Its value is the one that is open.
 
-    Events: `choose`, with `CHOSEN`; `bring`, a file's text with `BROUGHT`; `fresh`, when the open
-    conversation was deleted. When the page is loaded, `OPENED` is what it showed before.
+    changed: one of them that has changed, and stays open or closed as it is. Events: `choose`, with
+    `CHOSEN`; `bring`, a file's text with `BROUGHT`; `fresh`, when the open conversation is to be
+    deleted, with `DELETED`. When the page is loaded, `OPENED` is what it showed before.
     """
     words = texts(
         "conversations", "none_yet", "delete", "delete_sure", "import", "kept_where",
         "storage_full", "file_too_large",
     )  # fmt: skip
-    return _scripted("shelf", words=words, most=MAX_FILE_CHARACTERS)
+    return _scripted("shelf", words=words, most=MAX_FILE_CHARACTERS, changed=None)
 
 
 def token_view() -> gr.HTML:

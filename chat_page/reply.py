@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from chat_page.conversation import Conversation, Figures, Turn
-from chat_page.pace import batches
+from chat_page.pace import Batches
 from chat_page.tokens import Token
 from chat_page.words import Words
 from stream_service.client import StreamClient, StreamError
@@ -17,6 +17,7 @@ from stream_service.client import StreamClient, StreamError
 SECONDS_BETWEEN_UPDATES = 0.05  # and as much again for each:
 CHARACTERS = 8000
 ALTERNATIVES = 5
+REPLIES_AT_ONCE = 64  # each holds a thread or two
 
 
 class Progress(NamedTuple):
@@ -31,15 +32,21 @@ class Progress(NamedTuple):
 class Replies:
     """The replies that are being written, by ids of our own: so each can be stopped at any time."""
 
-    def __init__(self, client: StreamClient, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        client: StreamClient,
+        clock: Callable[[], float] = time.monotonic,
+        at_once: int = REPLIES_AT_ONCE,
+    ):
         self._client = client
         self._clock = clock
-        self._open: dict[str, _Wish] = {}
+        self._at_once = at_once
+        self._open: dict[str, _Open] = {}
 
     def open(self) -> str:
         """The id of a reply to come."""
         reply_id = uuid.uuid4().hex
-        self._open[reply_id] = _Wish()
+        self._open[reply_id] = _Open()
         return reply_id
 
     def stop(self, reply_id: str | None) -> None:
@@ -47,18 +54,16 @@ class Replies:
 
         Where there is none, or it has ended, nothing happens.
         """
-        wish = self._open.get(reply_id or "")
-        if wish is not None:
-            # First the mark, then the call: `write` looks for the mark once the service knows it.
-            wish.is_stopped = True
-            self._end(str(reply_id))
-
-    def leave(self, reply_id: str | None) -> None:
-        """End a reply that nobody looks at any more: nothing of it comes after this."""
-        wish = self._open.get(reply_id or "")
-        if wish is not None:
-            wish.is_left = True
-            self.stop(reply_id)
+        wanted = self._open.get(reply_id or "")
+        if wanted is None:
+            return
+        # First the mark, then the call: `write` looks for the mark once the service knows the id.
+        wanted.is_stopped = True
+        try:
+            self._client.stop(str(reply_id))
+        except StreamError as error:
+            if error.status is None and wanted.batches is not None:
+                wanted.batches.end()  # nobody answers there: nothing more is to be waited for
 
     def write(
         self,
@@ -75,21 +80,26 @@ class Replies:
         the reply with a sentence in its `problem`; what had come is kept.
         """
         reply = _Reply(conversation.last_reply, context_length, begun or (), self._clock)
-        wish = self._open[reply_id]
+        this = self._open[reply_id]
         params = conversation.settings.params()
         if begun is not None:
             params["logprobs"] = ALTERNATIVES
+
+        def events() -> Generator[dict[str, Any], None, None]:
+            stream = self._client.stream(conversation.messages(), request_id=reply_id, **params)
+            if this.is_stopped:
+                self._end(reply_id)
+            yield from stream.events()
+
+        this.batches = Batches(events(), reply.pause, self._clock)
         try:
             yield reply.progress()
-            if not wish.is_stopped:
-                stream = self._client.stream(conversation.messages(), request_id=reply_id, **params)
-                if wish.is_stopped:
-                    self._end(reply_id)
-                for events in batches(stream.events(), reply.pause, self._clock):
-                    for event in events:
+            if len(self._open) > self._at_once:
+                raise StreamError("this page can write no more replies at once", status=429)
+            if not this.is_stopped:
+                for batch in this.batches:
+                    for event in batch:
                         reply.take(event)
-                    if wish.is_left:
-                        return
                     yield reply.progress()
             if reply.figures.finish_reason is None:
                 reply.update(finish_reason="abort")
@@ -101,20 +111,20 @@ class Replies:
             # Also where nobody reads on: a visitor who has left.
             del self._open[reply_id]
             if reply.figures.finish_reason is None and reply.problem is None:
+                this.batches.end()
                 self._end(reply_id)
-        if not wish.is_left:
-            yield reply.progress()._replace(is_last=True)
+        yield reply.progress()._replace(is_last=True)
 
     def _end(self, reply_id: str) -> None:
         with suppress(StreamError):  # it has ended, or the service is gone: so be it
             self._client.stop(reply_id)
 
 
-class _Wish:
-    """What the visitor wants of a reply that is being written."""
+class _Open:
+    """A reply that is being written: what the visitor wants of it, and what comes of it."""
 
     is_stopped = False
-    is_left = False
+    batches: Batches[dict[str, Any]] | None = None
 
 
 class _Reply:

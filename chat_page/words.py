@@ -122,6 +122,10 @@ TEXTS = {
         "This file is not a conversation saved by this page as JSON.",
         "该文件不是由本页面导出的 JSON 对话。",
     ),
+    "failed": (
+        "This page made a mistake; its log tells more. What has been kept is shown.",
+        "页面出错，详情见日志。现在显示的是已保存的内容。",
+    ),
     "ready": ("context of {context} tokens", "上下文 {context} 个词元"),
     # beside the conversations; used in the browser alone
     "kept_where": (

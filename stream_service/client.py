@@ -8,6 +8,7 @@ from typing import Any, Self
 import requests
 
 CONNECT_SECONDS = 5.0
+ANSWER_SECONDS = 30.0  # to what needs no reply of the model
 
 
 class StreamError(Exception):
@@ -111,14 +112,15 @@ class StreamClient:
         ...     print(delta, end="", flush=True)
 
     read_timeout: seconds without any byte after which a stream counts as broken; by default
-    there is no such limit, since a request may wait its turn. api_key: if the service asks for
+    there is no such limit, since a request may wait its turn (to `stop` and `about`, which need
+    no turn, the service must answer within half a minute). api_key: if the service asks for
     one.
     """
 
     def __init__(self, url: str, *, read_timeout: float | None = None, api_key: str | None = None):
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._timeout = (CONNECT_SECONDS, read_timeout)
+        self._read_timeout = read_timeout
 
     def stream(
         self,
@@ -155,13 +157,14 @@ class StreamClient:
 
         request_id: what `stream` was given as one, or the id in its first event.
         """
-        with self._ask("POST", f"/stop/{request_id}", {}) as response:
+        path = f"/stop/{request_id}"
+        with self._ask("POST", path, {}, read_timeout=ANSWER_SECONDS) as response:
             result: dict[str, Any] = response.json()
             return result
 
     def about(self) -> dict[str, Any]:
         """The model, its context, defaults and bounds: `GET /`. Raises `StreamError`."""
-        with self._ask("GET", "/") as response:
+        with self._ask("GET", "/", read_timeout=ANSWER_SECONDS) as response:
             about = _json_of(response)
         if "model" not in about:
             raise StreamError(f"what answers at {self.url} is not this service")
@@ -175,6 +178,7 @@ class StreamClient:
         headers: dict[str, str] | None = None,
         *,
         stream: bool = False,
+        read_timeout: float | None = None,
     ) -> requests.Response:
         try:
             response = requests.request(
@@ -183,7 +187,7 @@ class StreamClient:
                 json=body,
                 headers=self._headers | (headers or {}),
                 stream=stream,
-                timeout=self._timeout,
+                timeout=(CONNECT_SECONDS, self._read_timeout or read_timeout),
             )
         except requests.ConnectionError as error:
             raise StreamError(f"the service at {self.url} cannot be reached") from error

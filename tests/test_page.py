@@ -54,7 +54,7 @@ def kept(shown: dict[Any, Any]) -> list[str]:
 
 
 def ask(message: str, value: Any = None, with_tokens: bool = False) -> dict[Any, Any]:
-    return outcome(page.send(message, value, None, with_tokens, None, *NOTHING_CHOSEN))
+    return outcome(page.send(value, message, None, with_tokens, None, *NOTHING_CHOSEN))
 
 
 def test_a_message_is_answered_and_the_conversation_kept(serve: ServiceFactory, at: Any) -> None:
@@ -63,23 +63,23 @@ def test_a_message_is_answered_and_the_conversation_kept(serve: ServiceFactory, 
     assert kept(shown) == ["hi", "彩虹!"]
     assert kept(ask("more", shown[page.shelf])) == ["hi", "彩虹!", "more", "彩虹!"]
     assert shown[page.box] == gr.update(submit_btn=True, stop_btn=False)
-    assert shown[page.running] is None
-    assert outcome(page.send("  ", None, None, False, None, *NOTHING_CHOSEN)) == {}
+    assert shown[page.lane] is None
+    assert outcome(page.send(None, "  ", None, False, None, *NOTHING_CHOSEN)) == {}
 
 
 def test_the_visitors_message_is_kept_before_its_reply(serve: ServiceFactory, at: Any) -> None:
     at(serve(fake_checkpoint(says("a"))).url)
-    first = next(page.send("hi", None, None, False, None, *NOTHING_CHOSEN))
+    first = next(page.send(None, "hi", None, False, None, *NOTHING_CHOSEN))
     assert kept(first) == ["hi"]
     assert first[page.box]["stop_btn"] is True
-    assert first[page.running]
+    assert first[page.lane]
 
 
 def test_retry_edit_undo_and_going_on(serve: ServiceFactory, at: Any) -> None:
     at(serve(fake_checkpoint(says("abcd"))).url)
     short = (*NOTHING_CHOSEN[:6], 2, None, "")
     about = page.ask_about()
-    cut = outcome(page.send("hi", None, about, False, None, *short))
+    cut = outcome(page.send(None, "hi", about, False, None, *short))
     assert kept(cut) == ["hi", "ab"]
     value = cut[page.shelf]
     context = (value, about, False, None)
@@ -118,7 +118,7 @@ def test_a_conversation_opens_with_its_settings(serve: ServiceFactory, at: Any) 
     at(serve(fake_checkpoint(says("a"))).url)
     settings = Settings(temperature=1.5, stop=("x", "y"), system_prompt="p")
     value = Conversation().asked("hi").with_settings(settings).model_dump()
-    shown = page.show(value, None, None)
+    shown = page.show(value, None)
     fields = page.controls.fields
     assert shown[fields["temperature"]]["value"] == 1.5
     assert shown[fields["temperature"]]["maximum"] == 5
@@ -131,7 +131,7 @@ def test_a_conversation_opens_with_its_settings(serve: ServiceFactory, at: Any) 
 
 def test_a_service_that_is_away_is_said_and_the_conversation_still_opens(at: Any) -> None:
     at("http://127.0.0.1:9")
-    shown = page.show(Conversation().asked("hi").model_dump(), None, None)
+    shown = page.show(Conversation().asked("hi").model_dump(), None)
     assert "is not there" in shown[page.status]
     assert kept(shown) == ["hi"]
 
@@ -150,10 +150,10 @@ def test_only_settings_that_differ_from_the_models_own_are_chosen() -> None:
 def test_settings_outlive_a_service_that_was_away(serve: ServiceFactory, at: Any) -> None:
     at("http://127.0.0.1:9")
     value = Conversation().with_settings(Settings(temperature=0.5)).model_dump()
-    away = outcome(page.send("hi", value, None, False, None, *NOTHING_CHOSEN))
+    away = outcome(page.send(value, "hi", None, False, None, *NOTHING_CHOSEN))
     assert "is not there" in away[page.status]
     at(serve(fake_checkpoint(says("a"))).url)
-    back = outcome(page.send("hi", away[page.shelf], None, False, None, *NOTHING_CHOSEN))
+    back = outcome(page.send(away[page.shelf], "hi", None, False, None, *NOTHING_CHOSEN))
     assert "fake" in back[page.status]
     assert back[page.controls.fields["temperature"]]["value"] == 0.5
     assert back[page.shelf]["turns"][-1]["figures"]["params"]["temperature"] == 0.5
@@ -171,9 +171,8 @@ def test_the_pages_settings_are_ones_that_the_service_knows(serve: ServiceFactor
 
 def test_visitors_do_not_wait_for_each_other_and_the_queue_is_bounded() -> None:
     functions = page.demo.fns.values()
-    writers = [f for f in functions if f.concurrency_id == "replies"]
-    assert len(writers) == 5
-    assert all(f.concurrency_limit == page.REPLIES_AT_ONCE for f in writers)
+    assert page.demo._queue.default_concurrency_limit is None
+    assert {f.concurrency_limit for f in functions} <= {None, "default"}, "replies have their own"
     assert page.demo._queue.max_size is not None
     assert page.demo.analytics_enabled is False
     assert all(f.api_visibility == "private" for f in functions), "the service is the API"

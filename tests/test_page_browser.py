@@ -123,6 +123,26 @@ def writing(page: Page) -> Iterator[None]:
     page.wait_for_function("window.began && !document.querySelector('#box .stop-button')")
 
 
+@contextmanager
+def settling(page: Page, events: int) -> Iterator[None]:
+    """What the block does sets off so many events; after the block, each has had its turn."""
+    page.evaluate(
+        """() => {
+            window.entered = 0;
+            const enter = (window.enter ??= window.lane.enter);
+            window.lane.enter = (...values) => (window.entered++, enter(...values));
+        }"""
+    )
+    yield
+    page.wait_for_function(f"window.entered >= {events}")
+    page.evaluate("window.lane.enter(null, false).then(() => window.lane.leave())")
+
+
+def conversations(page: Page) -> dict[str, Any]:
+    """What the browser keeps, by its names."""
+    return {kept["name"]: kept for kept in page.evaluate("window.conversations.all()")}
+
+
 def chosen(page: Page, name: str) -> Locator:
     return page.locator("#chat .option", has_text=name)
 
@@ -408,6 +428,100 @@ def test_opening_another_conversation_ends_the_reply_in_this_one(
         assert figure(service, "llm_requests_running") == 2, "the others have not ended"
     expect(page.locator(".shelf .open")).to_have_text(["Never mind.", ASK])
     expect(page.locator("#chat .user-row")).to_have_text(re.compile(ASK))
+
+
+def test_what_is_begun_in_a_hurry_leaves_all_of_one_piece(visitor: Any) -> None:
+    """Whatever order the browser gives a key and a click: no update is drawn over another's."""
+    page = visitor(talk(), **SHORT)
+    shown = []
+    for round in range(8):
+        page.get_by_role("button", name="New conversation").click()
+        expect(page.locator("#chat .message-row")).to_have_count(0)
+        page.locator("#box textarea").fill(f"Question {round}?")
+        with settling(page, events=2):
+            page.keyboard.press("Enter")
+            page.evaluate(f"document.querySelectorAll('.shelf .open')[{round}].click()")
+        kept = page.evaluate("window.conversations.current.turns.map(turn => turn.content)")
+        expect(page.locator("#chat .user-row")).to_have_text([kept[0]])
+        assert len(kept) == 2, kept
+        expect(answers(page)).to_have_count(1 if kept[1] else 0)
+        expect(page.locator(".shelf .open[aria-current]")).to_have_text(kept[0])
+        shown.append(kept[0])
+    assert len(conversations(page)) == 9, shown
+
+
+def test_leaving_a_conversation_keeps_all_that_had_come(visitor: Any) -> None:
+    page = visitor(talk(), **LONG)
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator("#chat .message-row")).to_have_count(0)
+    send(page, ASK)
+    expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
+    seen = page.evaluate(
+        """() => {
+            document.querySelectorAll(".shelf .open")[1].click();
+            return document.querySelector("#chat .bot-row .message-content").textContent.trim();
+        }"""
+    )
+    expect(answers(page)).to_have_text("The sea is blue.")
+    page.locator(".shelf .open", has_text=ASK).click()
+    expect(meters(page)).to_contain_text("stopped")
+    assert answers(page).inner_text().startswith(seen[:20])
+    assert len(answers(page).inner_text()) >= len(seen)
+
+
+def test_settings_that_change_while_a_reply_is_written_are_kept_with_all_of_it(
+    visitor: Any,
+) -> None:
+    page = visitor(max_new_tokens=60, temperature=0)
+    page.get_by_role("button", name="Settings").click()
+    with settling(page, events=2):
+        send(page, ASK)
+        expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
+        page.get_by_label("Seed").fill("11")
+        page.get_by_label("Seed").blur()
+    answer = answers(page).inner_text()
+    assert conversations(page)[ASK]["settings"]["seed"] == 11
+    page.reload()
+    expect(answers(page)).to_have_text(answer)
+    expect(meters(page)).to_contain_text("60 tokens")
+
+
+def test_settings_stay_with_the_conversation_that_was_open(visitor: Any) -> None:
+    page = visitor(talk(), **SHORT)
+    with writing(page):
+        send(page, "More.")
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Seed").fill("11")
+    with settling(page, events=2):
+        page.get_by_role("button", name="New conversation").click()  # which takes the focus away
+    expect(page.locator("#chat .message-row")).to_have_count(0)
+    assert page.evaluate("window.conversations.current.turns.length") == 0
+    assert conversations(page)["What is the sea?"]["settings"]["seed"] == 11
+    assert len(conversations(page)["What is the sea?"]["turns"]) == 4
+
+
+def test_a_conversation_that_is_deleted_while_it_is_written_stays_away(visitor: Any) -> None:
+    page = visitor(talk(), **LONG)
+    page.on("dialog", lambda dialog: dialog.accept())
+    send(page, "More.")
+    expect(answers(page)).to_have_count(2)
+    with settling(page, events=1):
+        page.get_by_role("button", name="Delete: What is the sea?").click()
+    expect(page.locator("#chat .message-row")).to_have_count(0)
+    assert conversations(page) == {}
+    expect(page.locator(".shelf .open")).to_have_count(0)
+
+
+def test_an_event_that_fails_holds_up_nothing(visitor: Any) -> None:
+    page = visitor(talk(), **SHORT)
+    page.evaluate("window.conversations.current.turns = []")  # so that no message can be edited
+    page.locator("#chat").get_by_role("button", name="Edit").click()
+    page.locator("#chat").get_by_role("button", name="Submit").click()
+    expect(page.get_by_text("This page made a mistake")).to_be_visible()
+    expect(page.locator("#chat .message-row")).to_have_count(0)  # what is kept, and no more
+    with writing(page):
+        send(page, "More.")
+    expect(answers(page)).to_have_count(1)
 
 
 def test_closing_the_page_ends_the_reply(visitor: Any, service: Process) -> None:

@@ -1,5 +1,6 @@
 """A reply on its way to the page: its pace, its end, and what becomes of it in trouble."""
 
+import socket
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from conftest import RunningService, ServiceFactory
 from fakes import Gate, fake_checkpoint, says
 
 from chat_page.conversation import Conversation, Settings
-from chat_page.pace import batches
+from chat_page.pace import Batches
 from chat_page.reply import Progress, Replies
 from chat_page.words import words_for
 from stream_service.client import StreamClient
@@ -45,7 +46,7 @@ def meanwhile(task: Callable[[], object], service: RunningService) -> Iterator[N
 def test_the_first_item_comes_at_once_and_the_others_together() -> None:
     begun, more = threading.Semaphore(0), threading.Semaphore(0)
 
-    def items() -> Iterator[int]:
+    def items() -> Generator[int, None, None]:
         yield 0
         assert begun.acquire(timeout=TIMEOUT)
         for n in range(1, 5):
@@ -56,7 +57,7 @@ def test_the_first_item_comes_at_once_and_the_others_together() -> None:
         more.release()  # the next item comes while this one waits for its company
         return 0.0
 
-    batched = batches(items(), lambda: TIMEOUT, clock)
+    batched = iter(Batches(items(), lambda: TIMEOUT, clock))
     assert next(batched) == [0]
     begun.release()
     assert list(batched) == [[1, 2, 3, 4]], "the time is not over, only the items are"
@@ -65,12 +66,12 @@ def test_the_first_item_comes_at_once_and_the_others_together() -> None:
 def test_an_item_is_not_held_back_until_the_next_one_comes() -> None:
     now, more = [0.0], threading.Semaphore(0)
 
-    def items() -> Iterator[int]:
+    def items() -> Generator[int, None, None]:
         for n in range(3):
             yield n
             assert more.acquire(timeout=TIMEOUT)
 
-    batched = batches(items(), lambda: 3600, lambda: now[0])
+    batched = iter(Batches(items(), lambda: 3600, lambda: now[0]))
     assert next(batched) == [0]
     now[0] = 3601.0  # the interval is over, and nothing comes after the next
     more.release()
@@ -82,11 +83,11 @@ def test_an_item_is_not_held_back_until_the_next_one_comes() -> None:
 
 
 def test_what_the_items_raise_comes_after_them() -> None:
-    def items() -> Iterator[int]:
+    def items() -> Generator[int, None, None]:
         yield 1
         raise ValueError("broken")
 
-    batched = batches(items(), lambda: 0)
+    batched = iter(Batches(items(), lambda: 0))
     received = []
     with pytest.raises(ValueError, match="broken"):
         for batch in batched:
@@ -179,17 +180,39 @@ def test_stop_ends_a_reply_whose_question_has_not_been_sent(serve: ServiceFactor
     replies.stop(None)
 
 
-def test_nothing_of_a_reply_comes_after_it_was_left(serve: ServiceFactory) -> None:
-    gate = Gate(says("a" * 400))
-    service = serve(fake_checkpoint(gate))
-    replies = Replies(StreamClient(service.url))
-    reply_id = replies.open()
-    growing = replies.write(reply_id, Conversation().asked("hi"), WORDS)
-    gate.allow()
-    next(p for p in growing if p.turn.content)
-    with meanwhile(lambda: replies.leave(reply_id), service):
-        gate.allow(1000)
-    assert list(growing) == []
+def test_stop_ends_a_reply_though_the_service_answers_no_more() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hung:
+        replies = Replies(StreamClient(f"http://127.0.0.1:{hung.getsockname()[1]}"))
+        reply_id = replies.open()
+        growing = replies.write(reply_id, Conversation().asked("hi"), WORDS)
+        next(growing)
+        rest: list[Progress] = []
+        reading = threading.Thread(target=lambda: rest.extend(growing))
+        reading.start()
+        asked, _ = hung.accept()  # the question; nothing answers it
+        stopping = threading.Thread(target=lambda: replies.stop(reply_id))
+        stopping.start()
+        hung.accept()[0].close()  # nor what should end it
+        stopping.join()
+        reading.join(TIMEOUT)
+        assert not reading.is_alive()
+        asked.close()
+    assert rest[-1].is_last
+    assert rest[-1].turn.figures is not None
+    assert rest[-1].turn.figures.finish_reason == "abort"
+
+
+def test_more_replies_than_the_page_has_threads_for_are_told_to_wait(serve: ServiceFactory) -> None:
+    gate = Gate(says("abc"))
+    replies = Replies(StreamClient(serve(fake_checkpoint(gate)).url), at_once=1)
+    first, second = (
+        replies.write(replies.open(), Conversation().asked("hi"), WORDS) for _ in range(2)
+    )
+    next(first)
+    *_, last = second
+    assert "try again in a moment" in str(last.turn.problem).lower()
+    gate.allow(1000)
+    assert list(first)[-1].turn.content == "abc"
 
 
 def test_a_visitor_who_leaves_ends_the_reply(serve: ServiceFactory) -> None:

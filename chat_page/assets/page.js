@@ -13,9 +13,24 @@ window.conversations = (() => {
     }
   }
 
+  const read = (id) => parsed(localStorage.getItem(entry(id)));
+
+  // Whether it could be kept: a browser's storage has an end.
+  function keep(conversation) {
+    if (!conversation.turns.length) return true;
+    try {
+      localStorage.setItem(entry(conversation.id), JSON.stringify(conversation));
+      return true;
+    } catch {
+      return false;
+    }
+  }
+
   return {
+    current: null, // the one that is shown
     chosen: null, // what was last asked for: the next event reads it
     brought: null,
+    unwanted: null,
 
     all() {
       return Object.keys(localStorage)
@@ -24,16 +39,20 @@ window.conversations = (() => {
         .filter((conversation) => conversation?.id && conversation.turns?.length)
         .sort((a, b) => b.updated - a.updated);
     },
-    // Whether it could be kept: a browser's storage has an end.
-    write(conversation) {
+    // This one is shown now, as it is here.
+    show(conversation) {
+      this.current = conversation;
       sessionStorage.setItem(OPEN, conversation.id);
-      if (!conversation.turns.length) return true;
-      try {
-        localStorage.setItem(entry(conversation.id), JSON.stringify(conversation));
-        return true;
-      } catch {
-        return false;
-      }
+      return keep(conversation);
+    },
+    // This one has changed, whether it is still shown or not.
+    change(conversation) {
+      if (conversation.id === this.current?.id) this.current = conversation;
+      return !read(conversation.id) || keep(conversation);
+    },
+    // What has become of the one that was shown when an event began.
+    latest(seen) {
+      return !seen || seen.id === this.current?.id ? this.current : (read(seen.id) ?? seen);
     },
     remove(id) {
       localStorage.removeItem(entry(id));
@@ -43,7 +62,7 @@ window.conversations = (() => {
       // On a narrow screen the list lies over the chat: closed, until it is wanted.
       const toggle = document.querySelector("#left.open .toggle-button");
       if (matchMedia("(max-width: 768px)").matches) toggle?.click();
-      return parsed(localStorage.getItem(entry(sessionStorage.getItem(OPEN))));
+      return read(sessionStorage.getItem(OPEN));
     },
   };
 })();

@@ -24,9 +24,13 @@ function row(conversation) {
   );
   remove.onclick = () => {
     if (!confirm(words.delete_sure)) return;
-    window.conversations.remove(conversation.id);
-    if (current) trigger("fresh");
-    draw();
+    if (current) {
+      window.conversations.unwanted = conversation.id; // once nothing more is written to it
+      trigger("fresh");
+    } else {
+      window.conversations.remove(conversation.id);
+      draw();
+    }
   };
   return make("li", {}, open, remove);
 }
@@ -55,9 +59,9 @@ function draw(note = "") {
   );
 }
 
-watch("value", () => {
-  const kept = !props.value || window.conversations.write(props.value);
-  draw(kept ? "" : words.storage_full);
-});
+const note = (kept) => draw(kept ? "" : words.storage_full);
+
+watch("value", () => note(!props.value || window.conversations.show(props.value)));
+watch("changed", () => note(!props.changed || window.conversations.change(props.changed)));
 addEventListener("storage", () => draw()); // another tab has changed something
 draw();

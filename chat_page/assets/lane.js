@@ -1,0 +1,31 @@
+// One thing at a time. A reply comes in many updates, and Gradio promises no order between those
+// and the updates of another event: one that is late would be drawn over what was opened meanwhile.
+// So whatever changes the conversation enters here, and leaves when its last update is drawn. This
+// element's value is the id of the reply that is being written.
+let last = Promise.resolve(); // until whoever entered last has left
+let leave = () => {};
+let hurried = 0; // how many wait for whom that reply is to end
+
+function stop() {
+  if (hurried && props.value) trigger("stop");
+}
+
+window.lane = {
+  // Waits for those before, and brings the conversation as it is then.
+  async enter(seen, hurry = true) {
+    const before = last;
+    let left;
+    last = new Promise((resolve) => (left = resolve));
+    if (hurry) {
+      hurried++;
+      stop();
+    }
+    await before;
+    if (hurry) hurried--;
+    leave = left;
+    return window.conversations.latest(seen);
+  },
+  leave: () => leave(),
+};
+
+watch("value", stop); // also one whose id was not known yet

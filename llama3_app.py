@@ -34,7 +34,7 @@ from chat_page.words import Words, i18n, language_of, preset, words_of
 from stream_service.client import StreamClient, StreamError
 
 ADDRESS = "http://127.0.0.1:8800"
-SECONDS_BETWEEN_SAVES = 2.0
+SECONDS_BETWEEN_SAVES = 1.0
 
 Updates = dict[Any, Any]
 
@@ -122,7 +122,7 @@ def write(
     reply_id = replies.open()
     earlier = finished(conversation.unanswered().turns, words)
     updates: Updates = {
-        box: gr.update(value="", submit_btn=False, stop_btn=True),
+        box: gr.update(submit_btn=False, stop_btn=True),
         shelf: conversation.model_dump(),
         lane: reply_id,
     }
@@ -297,10 +297,11 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
     fields = list(controls.fields.values())
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     small = {"queue": False, **quiet}
+    every = {"trigger_mode": "multiple"}  # also while the same event's last one is not over
     opening = {
         "inputs": shelf,
         "outputs": [shelf, chat, status, service, lane, tokens, token_view, box, *fields],
-        "trigger_mode": "multiple",
+        **every,
         **quiet,
     }
     writing = {
@@ -314,7 +315,7 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
         "inputs": [shelf, service, *fields],
         "outputs": shelf,
         "js": parts.ENTER_PATIENTLY,
-        "trigger_mode": "multiple",
+        **every,
         **small,
     }
     context = [service, with_tokens, *fields]
@@ -332,7 +333,7 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
         shelf.bring(show_file, js=parts.BROUGHT, **opening),
         shelf.fresh(show, js=parts.DELETED, **opening),
         new.click(show, js=parts.NEW, **opening),
-        box.submit(send, [shelf, box, *context], **writing),
+        box.submit(send, [shelf, box, *context], **(writing | {"js": parts.SEND} | every)),
         chat.retry(retry, [shelf, *context], **writing),
         chat.edit(edit, [shelf, *context], **writing),
         chat.option_select(go_on, [shelf, *context], **writing),

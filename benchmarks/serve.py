@@ -138,6 +138,10 @@ class Service:
         for process in alive:
             process.kill()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def memory_gb(self) -> float:
         process = psutil.Process(self._process.pid)
         family = [process, *process.children(recursive=True)]

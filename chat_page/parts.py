@@ -17,9 +17,17 @@ ASSETS = Path(__file__).parent / "assets"
 # conversation as it is then (the first of their inputs) or the one that is to be opened.
 ENTER = "async (seen, ...others) => [await window.lane.enter(seen), ...others]"
 ENTER_PATIENTLY = "async (seen, ...others) => [await window.lane.enter(seen, false), ...others]"
+# A message has left the box, and waits outside of it for its turn.
+SEND = """async (seen, _, ...others) => {
+    const message = window.box.take();
+    return [await window.lane.enter(seen), message, ...others];
+}"""
 NEW = "async () => { await window.lane.enter(); return [null]; }"
 OPENED = "async () => { await window.lane.enter(); return [window.conversations.opened()]; }"
-CHOSEN = "async () => { await window.lane.enter(); return [window.conversations.chosen]; }"
+CHOSEN = """async () => {
+    await window.lane.enter();
+    return [window.conversations.latest(window.conversations.chosen)];
+}"""
 BROUGHT = "async () => { await window.lane.enter(); return [window.conversations.brought]; }"
 DELETED = """async () => {
     await window.lane.enter();

@@ -469,6 +469,49 @@ def test_leaving_a_conversation_keeps_all_that_had_come(visitor: Any) -> None:
     assert len(answers(page).inner_text()) >= len(seen)
 
 
+def test_opening_the_conversation_that_is_written_keeps_all_of_it(visitor: Any) -> None:
+    page = visitor(**LONG)
+    send(page, ASK)
+    expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
+    seen = page.evaluate(
+        """() => {
+            document.querySelector(".shelf .open").click();
+            return document.querySelector("#chat .bot-row .message-content").textContent.trim();
+        }"""
+    )
+    expect(meters(page)).to_contain_text("stopped")
+    assert len(answers(page).inner_text()) >= len(seen)
+
+
+def test_what_is_typed_meanwhile_stays_in_the_box(visitor: Any) -> None:
+    page = visitor(**LONG)
+    text = page.locator("#box textarea")
+    with writing(page):
+        text.fill("First.")
+        page.keyboard.press("Enter")
+        page.keyboard.type("and then")
+        expect(page.locator("#box .stop-button")).to_be_visible()
+        page.keyboard.press("Enter")  # which sends nothing while a reply is written
+        expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
+        expect(text).to_have_value("and then")
+        page.locator("#box .stop-button").click()
+    page.reload()
+    expect(text).to_have_value("and then")
+    with writing(page):
+        page.locator("#chat").get_by_role("button", name="Retry").click()
+        page.locator("#box .stop-button").click()
+    expect(text).to_have_value("and then")
+    expect(page.locator("#chat .user-row")).to_have_text(["First."])
+    with writing(page):
+        text.focus()
+        page.keyboard.press("Enter")
+        page.locator("#box .stop-button").click()
+    expect(page.locator("#chat .user-row")).to_have_text(["First.", "and then"])
+    page.reload()
+    expect(page.locator("#chat .user-row")).to_have_count(2)
+    expect(text).to_have_value("")
+
+
 def test_settings_that_change_while_a_reply_is_written_are_kept_with_all_of_it(
     visitor: Any,
 ) -> None:

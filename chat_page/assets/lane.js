@@ -26,6 +26,10 @@ window.lane = {
     return window.conversations.latest(seen);
   },
   leave: () => leave(),
+  isWriting: () => Boolean(props.value),
 };
 
-watch("value", stop); // also one whose id was not known yet
+watch("value", () => {
+  window.box.keep(); // the server has what was sent
+  stop(); // also a reply whose id was not known yet
+});

@@ -24,7 +24,7 @@ from pydantic import ValidationError
 
 from chat_page import files, parts
 from chat_page.controls import About, Controls, settings_of
-from chat_page.conversation import Conversation, Settings
+from chat_page.conversation import Conversation, Settings, TooLarge
 from chat_page.look import HEAD, STYLE, THEME
 from chat_page.markup import LATEX_DELIMITERS, unmarked
 from chat_page.reply import REPLIES_AT_ONCE, Replies, sentence
@@ -81,33 +81,34 @@ def offered(conversation: Conversation, words: Words) -> Updates:
     }
 
 
-def show(value: Any, request: gr.Request) -> Updates:
-    """Open a conversation: its messages and its settings."""
+def show(value: Any, request: gr.Request) -> Iterator[Updates]:
+    """Open a conversation: its messages, then what the service offers and its settings."""
     conversation, words = received(value), words_of(request)
-    return {
+    yield {
         shelf: conversation.model_dump(),
         chat: gr.update(value=transcript(conversation, words), placeholder=words("welcome")),
         lane: None,
         tokens: (),
         token_view: [],
         box: gr.update(submit_btn=True, stop_btn=False),
-        **offered(conversation, words),
     }
+    yield offered(conversation, words)
 
 
-def recover(value: Any, request: gr.Request) -> Updates:
+def recover(value: Any, request: gr.Request) -> Iterator[Updates]:
     """After an event that failed here, which the log tells of: show what is open as it is."""
     gr.Warning(words_of(request)("failed"))
-    return show(value, request)
+    yield from show(value, request)
 
 
-def show_file(text: Any, request: gr.Request) -> Updates:
+def show_file(text: Any, request: gr.Request) -> Iterator[Updates]:
     try:
         conversation = files.from_json(str(text))
     except files.NotAConversation:
         gr.Warning(words_of(request)("not_a_conversation"))
-        return {}
-    return show(conversation.model_dump(), request)
+        yield gr.skip()
+        return
+    yield from show(conversation.model_dump(), request)
 
 
 def write(
@@ -125,6 +126,8 @@ def write(
         box: gr.update(submit_btn=False, stop_btn=True),
         shelf: conversation.model_dump(),
         lane: reply_id,
+        tokens: begun,
+        token_view: for_view(begun),
     }
     if about is None:  # the service was away when the page was opened
         updates |= offered(conversation, words)
@@ -167,9 +170,16 @@ def send(
     request: gr.Request,
     *settings: Any,
 ) -> Iterator[Updates]:
-    if message and message.strip():
-        conversation = chosen(value, about, settings)
-        yield from write(conversation.asked(message), request, about, with_tokens)
+    if not (message and message.strip()):
+        yield gr.skip()  # where nothing comes at all, Gradio empties every output
+        return
+    try:
+        conversation = chosen(value, about, settings).asked(message)
+    except TooLarge:
+        gr.Warning(words_of(request)("too_large"))
+        yield {box: message}
+        return
+    yield from write(conversation, request, about, with_tokens)
 
 
 def retry(
@@ -188,9 +198,17 @@ def edit(
     *settings: Any,
 ) -> Iterator[Updates]:
     conversation = chosen(value, about, settings)
-    index = turn_at(conversation, change.index, words_of(request))
-    conversation = conversation.edited(index, unmarked(change.value))
-    yield from write(conversation, request, about, with_tokens)
+    words, message = words_of(request), unmarked(change.value)
+    index = turn_at(conversation, change.index, words)
+    try:
+        changed = conversation.edited(index, message) if message.strip() else None
+    except TooLarge:
+        gr.Warning(words("too_large"))
+        changed = None
+    if changed is None:
+        yield {chat: transcript(conversation, words)}
+        return
+    yield from write(changed, request, about, with_tokens)
 
 
 def go_on(
@@ -219,7 +237,8 @@ def take(
     """Go on from another token than the one that was drawn."""
     conversation = chosen(value, about, settings)
     reply = conversation.last_reply
-    if reply is None or not reply.content.endswith(text_of(seen)):
+    if reply is None or not seen or not reply.content.endswith(text_of(seen)):
+        yield gr.skip()
         return
     begun = branch(seen, choice.token, choice.choice)
     before = reply.content.removesuffix(text_of(seen))
@@ -232,6 +251,8 @@ def undo(value: Any, request: gr.Request) -> Updates:
     return {
         shelf: conversation.model_dump(),
         chat: transcript(conversation, words_of(request)),
+        tokens: (),
+        token_view: [],
         box: message,
     }
 
@@ -241,7 +262,8 @@ def fill_prompt(name: str, request: gr.Request) -> str:
 
 
 def keep_settings(value: Any, about: About | None, *settings: Any) -> gr.HTML:
-    return gr.HTML(changed=chosen(value, about, settings).model_dump())
+    conversation = chosen(value, about, settings)
+    return gr.HTML(set=conversation.model_dump(include={"id", "settings"}))
 
 
 def download(value: Any, ending: str) -> dict[str, Any]:
@@ -279,9 +301,10 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
         latex_delimiters=LATEX_DELIMITERS,
         feedback_options=None,
         scale=1,
+        autoscroll=False,  # which would hold fast who scrolls up; `page.js` follows the reply
         elem_id="chat",
     )
-    with gr.Group(visible=False, elem_id="tokens") as token_panel:
+    with gr.Group(visible="hidden", elem_id="tokens") as token_panel:
         token_view = parts.token_view()
     box = gr.Textbox(
         placeholder=i18n("ask"),
@@ -300,12 +323,12 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
     every = {"trigger_mode": "multiple"}  # also while the same event's last one is not over
     opening = {
         "inputs": shelf,
-        "outputs": [shelf, chat, status, service, lane, tokens, token_view, box, *fields],
+        "outputs": [shelf, chat, status, service, lane, tokens, token_view, box, *controls.shown],
         **every,
         **quiet,
     }
     writing = {
-        "outputs": [box, shelf, chat, lane, tokens, token_view, status, service, *fields],
+        "outputs": [box, shelf, chat, lane, tokens, token_view, status, service, *controls.shown],
         "js": parts.ENTER,
         "concurrency_limit": None,  # `replies` has one
         **quiet,
@@ -323,7 +346,10 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
         fill_prompt, controls.preset, controls.system_prompt, **small
     )
     reset = controls.reset.click(
-        lambda about: controls.updates(Settings(), about), service, fields, **small
+        lambda about, prompt: controls.updates(Settings(system_prompt=prompt), about),
+        [service, controls.system_prompt],
+        controls.shown,
+        **small,
     )
     settled = [field.release if isinstance(field, gr.Slider) else field.blur for field in fields]
 
@@ -338,7 +364,7 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
         chat.edit(edit, [shelf, *context], **writing),
         chat.option_select(go_on, [shelf, *context], **writing),
         token_view.take(take, [shelf, service, tokens, *fields], **writing),
-        chat.undo(undo, shelf, [shelf, chat, box], js=parts.ENTER, **small),
+        chat.undo(undo, shelf, [shelf, chat, tokens, token_view, box], js=parts.ENTER, **small),
         gr.on(settled, **keeping),
         preset_chosen.then(**keeping),
         reset.then(**keeping),
@@ -350,7 +376,9 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
 
     box.stop(replies.stop, lane, None, **small)
     lane.stop(replies.stop, lane, None, **small)
-    with_tokens.input(lambda on: gr.update(visible=on), with_tokens, token_panel, **small)
+    with_tokens.input(
+        lambda on: gr.update(visible=on or "hidden"), with_tokens, token_panel, **small
+    )
     saving = {"inputs": shelf, "outputs": saved_file, "js": parts.SHOWN, **small}
     as_markdown.click(lambda value: download(value, "md"), **saving)
     as_json.click(lambda value: download(value, "json"), **saving)

@@ -6,7 +6,7 @@ import gradio as gr
 from pydantic import Field
 
 from chat_page.conversation import Count, Line, Record, Settings
-from chat_page.words import PRESETS, i18n
+from chat_page.words import PRESETS, i18n, preset_of
 
 # What a setting does nothing at, where the model's defaults do not name it.
 NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -42,7 +42,9 @@ class Controls:
 
     def __init__(self) -> None:
         choices = [(i18n(name), name) for name in PRESETS]
-        self.preset = gr.Dropdown(choices, value="preset_none", label=i18n("preset"))
+        self.preset = gr.Dropdown(
+            choices, value="preset_none", label=i18n("preset"), filterable=False
+        )
         self.system_prompt = gr.Textbox(
             label=i18n("system_prompt"),
             placeholder=i18n("system_prompt_hint"),
@@ -66,18 +68,33 @@ class Controls:
         return {name: getattr(self, name) for name in Settings.model_fields}
 
     def updates(self, settings: Settings, about: About | None) -> dict[Any, Any]:
-        """Show these settings, with the service's own where they say nothing."""
-        shown: dict[Any, Any] = {}
+        """Show these settings, with the service's own where they say nothing.
+
+        Numbers wait, as they are, until the service tells what they may be. One that was kept and
+        is no longer among these is shown as the nearest that is.
+        """
+        shown: dict[Any, Any] = {
+            self.preset: preset_of(settings.system_prompt),
+            self.system_prompt: settings.system_prompt,
+            self.stop: "\n".join(settings.stop),
+        }
         for name, field in self.fields.items():
-            value = getattr(settings, name)
-            if name == "stop":
-                value = "\n".join(value)
-            elif name != "system_prompt" and about is not None:
-                value = about.default(name) if value is None else value
-                shown[field] = gr.update(value=value, **about.range(name))
+            if field in shown:
                 continue
-            shown[field] = gr.update() if value is None else gr.update(value=value)
+            if about is None:
+                shown[field] = gr.update(interactive=False)
+                continue
+            value, bounds = getattr(settings, name), about.range(name)
+            value = about.default(name) if value is None else value
+            if value is not None and bounds:
+                value = min(max(value, bounds["minimum"]), bounds["maximum"])
+            shown[field] = gr.update(value=value, interactive=True, **bounds)
         return shown
+
+    @property
+    def shown(self) -> list[gr.components.Component]:
+        """The components that `updates` may change."""
+        return [self.preset, *self.fields.values()]
 
 
 def settings_of(values: tuple[Any, ...], about: About | None, before: Settings) -> Settings:
@@ -96,7 +113,8 @@ def settings_of(values: tuple[Any, ...], about: About | None, before: Settings) 
 
 
 def _slider(name: str, least: float, greatest: float, **options: Any) -> gr.Slider:
-    return gr.Slider(least, greatest, step=STEPS[name], label=i18n(name), **options)
+    # Gradio's own button would set it to what it was before the service was asked.
+    return gr.Slider(least, greatest, step=STEPS[name], label=i18n(name), buttons=[], **options)
 
 
 def _number(name: str, **options: Any) -> gr.Number:

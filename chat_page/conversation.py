@@ -22,6 +22,10 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
+class TooLarge(ValueError):
+    """A message, or a conversation, is longer than what is kept."""
+
+
 class Record(BaseModel):
     """What all records share. Unknown fields are dropped: a newer page may have written them."""
 
@@ -39,7 +43,7 @@ class Settings(Record):
     repetition_penalty: Number | None = None
     max_new_tokens: Count | None = None
     seed: Count | None = None
-    stop: Annotated[tuple[Line, ...], Field(max_length=64)] = ()
+    stop: Annotated[tuple[Line, ...], Field(max_length=1000)] = ()
 
     def params(self) -> dict[str, Any]:
         """The sampling parameters to send."""
@@ -92,7 +96,12 @@ class Conversation(Record):
     turns: Annotated[tuple[Turn, ...], Field(max_length=MAX_TURNS)] = ()
 
     def asked(self, message: str) -> Self:
-        """With a new message of the user, which names the conversation if it is the first."""
+        """With a new message of the user, which names the conversation if it is the first.
+
+        Raises `TooLarge`.
+        """
+        if len(message) > MAX_CHARACTERS or len(self.turns) + 2 > MAX_TURNS:
+            raise TooLarge
         turns = (*self.turns, Turn(role="user", content=message))
         name = self.name or name_of(message)
         return self.model_copy(update={"turns": turns, "name": name, "updated": time.time()})
@@ -116,7 +125,10 @@ class Conversation(Record):
         return self.model_copy(update={"turns": turns[:-1]}), message
 
     def edited(self, index: int, message: str) -> Self:
-        """With another message in place of turn `index`, and without what came after it."""
+        """With another message in place of turn `index`, and without what came after it.
+
+        Raises `TooLarge`.
+        """
         turns = self.turns[:index]
         named = self.model_copy(update={"turns": turns, "name": self.name if turns else ""})
         return named.asked(message)

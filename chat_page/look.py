@@ -36,7 +36,7 @@ POLICY = (
     "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'"
 )
 NAMES = texts(
-    "you", "model", "edit", "send", "halt", "conversations", "settings"
+    "you", "model", "edit", "send", "halt", "conversations", "settings", "between"
 )  # for screen readers
 HEAD = (
     f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'

@@ -22,18 +22,10 @@ SEND = """async (seen, _, ...others) => {
     const message = window.box.take();
     return [await window.lane.enter(seen), message, ...others];
 }"""
-NEW = "async () => { await window.lane.enter(); return [null]; }"
-OPENED = "async () => { await window.lane.enter(); return [window.conversations.opened()]; }"
-CHOSEN = """async () => {
-    await window.lane.enter();
-    return [window.conversations.latest(window.conversations.chosen)];
-}"""
-BROUGHT = "async () => { await window.lane.enter(); return [window.conversations.brought]; }"
-DELETED = """async () => {
-    await window.lane.enter();
-    window.conversations.remove(window.conversations.unwanted);
-    return [null];
-}"""
+NEW, OPENED, CHOSEN, BROUGHT, DELETED = (
+    f"async () => {{ await window.lane.enter(); return [window.conversations.{what}()]; }}"
+    for what in ("none", "opened", "chosen", "brought", "deleted")
+)
 SHOWN = "() => [window.conversations.current]"
 
 
@@ -47,13 +39,13 @@ def lane() -> gr.HTML:
 
     Event: `stop`, when something waits for that reply to end.
     """
-    return _scripted("lane")
+    return _scripted("lane", visible="hidden")
 
 
 def conversation_shelf() -> gr.HTML:
     """The visitor's conversations, in their browser's storage. Its value is the one that is open.
 
-    changed: one of them that has changed, and stays open or closed as it is. Events: `choose`, with
+    set: settings that have changed, and the id of their conversation. Events: `choose`, with
     `CHOSEN`; `bring`, a file's text with `BROUGHT`; `fresh`, when the open conversation is to be
     deleted, with `DELETED`. When the page is loaded, `OPENED` is what it showed before.
     """
@@ -61,7 +53,7 @@ def conversation_shelf() -> gr.HTML:
         "conversations", "none_yet", "delete", "delete_sure", "import", "kept_where",
         "storage_full", "file_too_large",
     )  # fmt: skip
-    return _scripted("shelf", words=words, most=MAX_FILE_CHARACTERS, changed=None)
+    return _scripted("shelf", words=words, most=MAX_FILE_CHARACTERS, set=None)
 
 
 def token_view() -> gr.HTML:
@@ -71,7 +63,7 @@ def token_view() -> gr.HTML:
 
 def download() -> gr.HTML:
     """Saves its value, `{"name", "text"}`, as a file of the visitor's; no server keeps it."""
-    return _scripted("download")
+    return _scripted("download", visible="hidden")
 
 
 def _scripted(name: str, **props: Any) -> gr.HTML:

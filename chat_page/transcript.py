@@ -20,7 +20,9 @@ def transcript(conversation: Conversation, words: Words) -> list[Message]:
     Under the last one are the ways on, where a reply is missing or was cut short.
     """
     messages = finished(conversation.turns, words)
-    if messages and (ways_on := _ways_on(conversation.turns[-1], words)):
+    if conversation.turns and (ways_on := _ways_on(conversation.turns[-1], words)):
+        if conversation.turns[-1].role == "user":  # below whose messages Gradio draws no buttons
+            messages.append(_notice(words("no_reply")))
         messages[-1]["options"] = ways_on
     return messages
 
@@ -61,8 +63,7 @@ def _shown(turn: Turn, words: Words, writing: Progress | None = None) -> list[Me
     if answer:
         messages.append(_message("assistant", marked(answer)))
     if turn.problem:
-        notice = f'<div class="notice">{escape(turn.problem)}</div>'
-        messages.append(_message("assistant", notice))
+        messages.append(_notice(turn.problem))
     figures = turn.figures
     if writing is not None and figures is not None:
         messages.append(_message("assistant", meter(figures, words, writing.position)))
@@ -76,6 +77,11 @@ def _ways_on(turn: Turn, words: Words) -> list[dict[str, str]]:
     if turn.role == "user" or turn.problem:
         ways.append("again")
     return [{"label": words(way), "value": way} for way in ways]
+
+
+def _notice(text: str) -> Message:
+    # On one line: an empty one would end the HTML, and what follows would be Markdown.
+    return _message("assistant", f'<div class="notice">{escape(" ".join(text.split()))}</div>')
 
 
 def _message(role: str, text: str) -> Message:

@@ -56,6 +56,7 @@ TEXTS = {
     "seed_info": ("Empty: another one each time", "留空则每次不同"),
     "stop": ("Stop strings", "停止字符串"),
     "stop_info": ("One a line", "每行一个"),
+    "between": ("Between {least} and {greatest}", "介于 {least} 与 {greatest} 之间"),
     "reset": ("As the model's own", "恢复模型默认值"),
     # tokens
     "token_view": ("Token view", "词元视图"),
@@ -121,6 +122,12 @@ TEXTS = {
     "not_a_conversation": (
         "This file is not a conversation saved by this page as JSON.",
         "该文件不是由本页面导出的 JSON 对话。",
+    ),
+    "no_reply": ("No reply was kept.", "没有保存的回复。"),
+    "too_large": (
+        "This message, or this conversation, is too long to be kept. Shorten the message, or begin "
+        "a new conversation.",
+        "消息或对话过长，无法保存。请缩短消息，或开始新对话。",
     ),
     "failed": (
         "This page made a mistake; its log tells more. What has been kept is shown.",
@@ -190,6 +197,11 @@ def words_of(request: gr.Request | None) -> Words:
 def preset(name: str, language: str) -> str:
     """The system prompt of a preset."""
     return PRESETS[name][_COLUMNS[language]]
+
+
+def preset_of(system_prompt: str) -> str | None:
+    """Which preset a system prompt is, in whatever language."""
+    return next((name for name, prompts in PRESETS.items() if system_prompt in prompts), None)
 
 
 def texts(*keys: str) -> dict[str, dict[str, str]]:

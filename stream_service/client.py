@@ -8,7 +8,7 @@ from typing import Any, Self
 import requests
 
 CONNECT_SECONDS = 5.0
-ANSWER_SECONDS = 30.0  # to what needs no reply of the model
+ANSWER_SECONDS = 5.0  # to what needs no reply of the model
 
 
 class StreamError(Exception):
@@ -113,7 +113,7 @@ class StreamClient:
 
     read_timeout: seconds without any byte after which a stream counts as broken; by default
     there is no such limit, since a request may wait its turn (to `stop` and `about`, which need
-    no turn, the service must answer within half a minute). api_key: if the service asks for
+    no turn, the service must answer within five seconds). api_key: if the service asks for
     one.
     """
 

@@ -46,7 +46,7 @@ def light(browser: Browser, address: str) -> None:
 def dark(browser: Browser, address: str) -> None:
     page = visitor(browser, address, DESKTOP | {"color_scheme": "dark"}, max_new_tokens=64)
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Token view").check()
+    page.get_by_role("checkbox", name="Token view").check()
     ask(page, "What is a rainbow? Answer briefly.")
     page.locator(".tokens .token").nth(8).focus()
     take(page, "page-tokens-dark")

@@ -20,7 +20,13 @@ from fakes import fake_checkpoint, says
 
 import llama3_app as page
 from chat_page.controls import About, settings_of
-from chat_page.conversation import Conversation, Settings
+from chat_page.conversation import (
+    MAX_CHARACTERS,
+    MAX_TURNS,
+    Conversation,
+    Settings,
+    Turn,
+)
 from chat_page.reply import Replies
 from chat_page.tokens import Alternative
 from stream_service.client import StreamClient
@@ -64,7 +70,7 @@ def test_a_message_is_answered_and_the_conversation_kept(serve: ServiceFactory, 
     assert kept(ask("more", shown[page.shelf])) == ["hi", "彩虹!", "more", "彩虹!"]
     assert shown[page.box] == gr.update(submit_btn=True, stop_btn=False)
     assert shown[page.lane] is None
-    assert outcome(page.send(None, "  ", None, False, None, *NOTHING_CHOSEN)) == {}
+    assert outcome(page.send(None, "  ", None, False, None, *NOTHING_CHOSEN)) == gr.skip()
 
 
 def test_the_visitors_message_is_kept_before_its_reply(serve: ServiceFactory, at: Any) -> None:
@@ -106,7 +112,7 @@ def test_another_token_can_be_taken(serve: ServiceFactory, at: Any) -> None:
     assert kept(after) == ["hi", "aZcd"]
     assert [token.text for token in after[page.tokens]] == ["a", "Z", "c", "d"]
     stale = outcome(page.take(None, None, tokens, None, choice, *NOTHING_CHOSEN))
-    assert stale == {}
+    assert stale == gr.skip()
 
 
 def test_what_the_browser_sends_is_not_trusted() -> None:
@@ -118,20 +124,62 @@ def test_a_conversation_opens_with_its_settings(serve: ServiceFactory, at: Any) 
     at(serve(fake_checkpoint(says("a"))).url)
     settings = Settings(temperature=1.5, stop=("x", "y"), system_prompt="p")
     value = Conversation().asked("hi").with_settings(settings).model_dump()
-    shown = page.show(value, None)
+    shown = outcome(page.show(value, None))
     fields = page.controls.fields
     assert shown[fields["temperature"]]["value"] == 1.5
     assert shown[fields["temperature"]]["maximum"] == 5
     assert shown[fields["max_new_tokens"]]["maximum"] == 512
-    assert shown[fields["stop"]]["value"] == "x\ny"
-    assert shown[fields["system_prompt"]]["value"] == "p"
+    assert shown[fields["stop"]] == "x\ny"
+    assert shown[fields["system_prompt"]] == "p"
     assert "fake" in shown[page.status]
     assert kept(shown) == ["hi"]
 
 
+def test_settings_that_this_model_does_not_allow_are_shown_as_the_nearest_it_does(
+    serve: ServiceFactory, at: Any
+) -> None:
+    at(serve(fake_checkpoint(says("a"))).url)
+    settings = Settings(max_new_tokens=8192, temperature=-1.0, seed=None)
+    shown = outcome(page.show(Conversation().with_settings(settings).model_dump(), None))
+    fields = page.controls.fields
+    assert shown[fields["max_new_tokens"]]["value"] == 512
+    assert shown[fields["temperature"]]["value"] == 0
+    assert shown[fields["seed"]]["value"] is None
+
+
+def test_what_is_too_large_to_be_kept_goes_back_into_the_box(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(page.gr, "Warning", said.append)
+    message = "a" * (MAX_CHARACTERS + 1)
+    assert ask(message) == {page.box: message}
+    full = Conversation(turns=(Turn(role="user", content="hi"),) * MAX_TURNS)
+    assert ask("hi", full.model_dump()) == {page.box: "hi"}
+    assert len([text for text in said if "too long to be kept" in text]) == 2
+
+
+def test_a_message_is_not_edited_away(serve: ServiceFactory, at: Any) -> None:
+    at(serve(fake_checkpoint(says("a"))).url)
+    value = ask("hi")[page.shelf]
+    change = SimpleNamespace(index=0, value=" ")
+    shown = outcome(page.edit(value, None, False, None, change, *NOTHING_CHOSEN))
+    assert list(shown) == [page.chat]
+    assert len(shown[page.chat]) == 3
+
+
+def test_what_gives_nothing_changes_nothing(serve: ServiceFactory, at: Any) -> None:
+    """Gradio empties every component where a generator yields nothing at all."""
+    at(serve(fake_checkpoint(says("a"))).url)
+    choice = gr.EventData(None, {"token": 0, "choice": 0})
+    value = Conversation().asked("hi").model_dump()
+    assert list(page.send(value, " ", None, False, None, *NOTHING_CHOSEN)) == [gr.skip()]
+    assert list(page.take(value, None, (), None, choice, *NOTHING_CHOSEN)) == [gr.skip()]
+
+
 def test_a_service_that_is_away_is_said_and_the_conversation_still_opens(at: Any) -> None:
     at("http://127.0.0.1:9")
-    shown = page.show(Conversation().asked("hi").model_dump(), None)
+    shown = outcome(page.show(Conversation().asked("hi").model_dump(), None))
     assert "is not there" in shown[page.status]
     assert kept(shown) == ["hi"]
 

@@ -283,6 +283,80 @@ def test_settings_are_kept_with_their_conversation_and_used(visitor: Any) -> Non
     expect(page.get_by_label("Seed")).to_have_value("11")
 
 
+def test_numbers_out_of_bounds_are_said_and_become_the_nearest(visitor: Any) -> None:
+    page = visitor(**SHORT)
+    page.get_by_role("button", name="Settings").click()
+    typed = {"Maximum tokens": ("99999", "2048"), "Seed": ("-5", "0")}
+    typed |= {"number input for Temperature": ("9", "5"), "number input for Min-p": ("", "0")}
+    for label, (wrong, right) in typed.items():
+        field = page.get_by_label(label)
+        with settling(page, events=1):
+            field.fill(wrong)
+            field.blur()
+        expect(field).to_have_value(right)
+    between = ["Between 0 and 5", "Between 0 and 1", "Between 1 and 2048"]
+    expect(page.locator("#right .between")).to_have_text([*between, re.compile("Between 0 and 9")])
+    expect(page.locator(".toast-body")).to_have_count(0)
+    page.get_by_label("Maximum tokens").fill("5")
+    send(page, "Hello.")
+    page.locator("#chat summary").click()
+    expect(page.locator("#chat .meter dl")).to_contain_text("temperature5")
+
+
+def test_a_preset_is_its_text_and_a_conversation_has_its_own(visitor: Any) -> None:
+    page = visitor(**SHORT)
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Preset").click()
+    with settling(page, events=1):
+        page.get_by_role("option", name="Brief").click()
+    expect(page.get_by_label("System prompt")).to_have_value(re.compile("as few words"))
+    with writing(page):
+        send(page, "Hello.")
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.get_by_label("System prompt")).to_have_value("")
+    expect(page.get_by_label("Preset")).to_have_value("None")
+    page.locator(".shelf .open").click()
+    expect(page.get_by_label("System prompt")).to_have_value(re.compile("as few words"))
+    expect(page.get_by_label("Preset")).to_have_value("Brief")
+
+
+def test_a_slider_moved_by_keys_is_kept(visitor: Any) -> None:
+    page = visitor(talk(), **SHORT)
+    page.get_by_role("button", name="Settings").click()
+    with settling(page, events=1):
+        page.get_by_label("range slider for Top-p").press("ArrowLeft")
+    settings = conversations(page)["What is the sea?"]["settings"]
+    assert settings["top_p"] == float(page.get_by_label("number input for Top-p").input_value())
+
+
+def test_who_scrolls_up_is_left_there_while_the_reply_grows(visitor: Any) -> None:
+    page = visitor(talk("The sea is blue.\n\n" * 40), **LONG)
+    place = """() => {
+        const chat = document.querySelector("#chat [role=log]");
+        return [chat.scrollTop, chat.scrollHeight - chat.clientHeight];
+    }"""
+    with writing(page):
+        send(page, ASK)
+        expect(answers(page).last).to_contain_text(re.compile(r"\w+ \w+"))
+        page.wait_for_function(f"() => (([at, end]) => end > 500 && at > end - 8)(({place})())")
+        page.locator("#chat").hover()
+        page.mouse.wheel(0, -300)
+        page.wait_for_function(f"() => (([at, end]) => at < end - 100)(({place})())")
+        top, end = page.evaluate(place)
+        page.wait_for_function(f"() => ({place})()[1] > {end}")
+        assert page.evaluate(place)[0] <= top
+        page.locator("#box .stop-button").click()
+
+
+def test_a_message_without_a_reply_has_a_way_on(visitor: Any) -> None:
+    page = visitor([said("user", "What is the sea?")], **SHORT)
+    expect(page.locator("#chat .notice")).to_have_text("No reply was kept.")
+    with writing(page):
+        chosen(page, "Try again").click()
+    expect(answers(page)).to_have_count(1)
+    expect(page.locator("#chat .notice")).to_have_count(0)
+
+
 def test_a_conversation_goes_out_and_comes_in_as_a_file(visitor: Any, tmp_path: Path) -> None:
     page = visitor(talk("Blue <b>and</b> wide."))
     with page.expect_download() as saving:
@@ -302,6 +376,7 @@ def test_a_conversation_goes_out_and_comes_in_as_a_file(visitor: Any, tmp_path: 
     wrong.write_text('{"turns": 3}')
     other.locator(".shelf input[type=file]").set_input_files(wrong)
     expect(other.get_by_text("not a conversation saved by this page")).to_be_visible()
+    expect(other.get_by_text("This page made a mistake")).to_have_count(0)
     expect(answers(other)).to_contain_text("wide.")
 
 
@@ -354,7 +429,7 @@ def test_thinking_is_folded(visitor: Any) -> None:
 def test_the_token_view_shows_alternatives_and_goes_on_from_one(visitor: Any) -> None:
     page = visitor(**SHORT)
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Token view").check()
+    page.get_by_role("checkbox", name="Token view").check()
     with writing(page):
         send(page, "Name a colour.")
     tokens = page.locator(".tokens .token")
@@ -369,6 +444,8 @@ def test_the_token_view_shows_alternatives_and_goes_on_from_one(visitor: Any) ->
     expect(tokens.nth(2)).to_have_text(other)
     assert [tokens.nth(i).inner_text() for i in range(2)] == before
     assert answers(page).inner_text().startswith("".join([*before, other]).strip())
+    page.locator("#chat").get_by_role("button", name="Undo").click()
+    expect(tokens).to_have_count(0)
 
 
 def test_a_service_that_is_killed_in_mid_reply_is_said_and_the_text_kept(
@@ -591,6 +668,26 @@ def test_two_tabs_keep_each_others_conversations(visitor: Any) -> None:
     expect(other.locator(".shelf .open")).to_have_text(["What is the sea?", "Hello there."])
 
 
+def test_two_tabs_on_one_conversation_show_and_keep_the_same(visitor: Any) -> None:
+    page = visitor(talk(), **SHORT)
+    other = page.context.new_page()
+    (kept,) = conversations(page).values()
+    other.add_init_script(f"sessionStorage.setItem('llm-chat-open', '{kept['id']}')")
+    other.goto(page.url)
+    expect(answers(other)).to_have_count(1)
+    with writing(page):
+        send(page, "More.")
+    expect(answers(other)).to_have_text(answers(page).all_inner_texts())
+    other.get_by_role("button", name="Settings").click()
+    other.get_by_label("Seed").focus()
+    with settling(other, events=1):
+        other.get_by_label("Seed").blur()
+    with writing(other):
+        send(other, "And more.")
+    expect(answers(page)).to_have_text(answers(other).all_inner_texts())
+    assert len(conversations(page)["What is the sea?"]["turns"]) == 6
+
+
 def test_a_storage_that_is_full_is_said(visitor: Any) -> None:
     page = visitor()
     page.evaluate(
@@ -643,6 +740,23 @@ def test_a_phone_is_wide_enough(visitor: Any) -> None:
     expect(answers(page)).to_have_count(2)
     page.get_by_role("button", name="Conversations").tap()
     expect(page.locator(".shelf .open").first).to_be_in_viewport()
+    page.get_by_role("button", name="New conversation").tap()
+    expect(page.locator("#chat .message-row")).to_have_count(0)
+    expect(page.locator(".shelf .open").first).not_to_be_in_viewport()
+
+
+def test_a_token_that_is_tapped_shows_its_alternatives(visitor: Any) -> None:
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    page = visitor(profile=phone, **SHORT)
+    page.get_by_role("button", name="Settings").tap()
+    page.get_by_role("checkbox", name="Token view").tap()
+    page.get_by_role("button", name="Settings").tap()
+    with writing(page):
+        send(page, "Name a colour.")
+    page.locator(".tokens .token").nth(2).tap()
+    expect(page.locator(".tokens .alternatives")).to_have_count(1)
+    page.locator("#status").tap()
+    expect(page.locator(".tokens .alternatives")).to_have_count(0)
 
 
 def test_the_keyboard_is_enough(visitor: Any) -> None:
@@ -667,7 +781,7 @@ def test_axe_finds_nothing_serious(visitor: Any, scheme: str) -> None:
     turns[-1] |= {"problem": "The service is not there.", "figures": {"finish_reason": "length"}}
     page = visitor(turns, profile={"color_scheme": scheme, "reduced_motion": "reduce"})
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Token view").check()
+    page.get_by_role("checkbox", name="Token view").check()
     page.locator("#chat summary").first.click()
     expect(page.get_by_label("System prompt")).to_be_in_viewport()
     found = serious(page)

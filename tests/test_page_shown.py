@@ -91,8 +91,9 @@ def test_a_reply_is_shown_as_thought_answer_problem_and_figures() -> None:
 def test_a_finished_reply_offers_no_way_on_and_a_missing_one_does() -> None:
     finished = reply("x", figures=Figures(finish_reason="stop"))
     assert "options" not in transcript(Conversation().asked("a").replied(finished), WORDS)[-1]
-    (waiting,) = transcript(Conversation().asked("a"), WORDS)
-    assert [way["value"] for way in waiting["options"]] == ["again"]
+    message, missing = transcript(Conversation().asked("a"), WORDS)
+    assert "options" not in message, "Gradio draws none below a visitor's message"
+    assert [way["value"] for way in missing["options"]] == ["again"]
 
 
 def test_every_message_leads_back_to_its_turn() -> None:

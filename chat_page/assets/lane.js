@@ -4,6 +4,7 @@
 // element's value is the id of the reply that is being written.
 let last = Promise.resolve(); // until whoever entered last has left
 let leave = () => {};
+let inside = 0; // who has entered and not left
 let hurried = 0; // how many wait for whom that reply is to end
 
 function stop() {
@@ -16,17 +17,23 @@ window.lane = {
     const before = last;
     let left;
     last = new Promise((resolve) => (left = resolve));
+    inside++;
     if (hurry) {
       hurried++;
       stop();
     }
     await before;
     if (hurry) hurried--;
-    leave = left;
+    leave = () => {
+      leave = () => {};
+      inside--;
+      left();
+    };
     return window.conversations.latest(seen);
   },
   leave: () => leave(),
   isWriting: () => Boolean(props.value),
+  isFree: () => !inside,
 };
 
 watch("value", () => {

@@ -26,11 +26,16 @@ window.conversations = (() => {
     }
   }
 
+  // On a narrow screen the list lies over the chat: closed, when it has served.
+  function closeList() {
+    if (matchMedia("(max-width: 768px)").matches) {
+      document.querySelector("#left.open .toggle-button")?.click();
+    }
+  }
+
   return {
     current: null, // the one that is shown
-    chosen: null, // what was last asked for: the next event reads it
-    brought: null,
-    unwanted: null,
+    wanted: null, // what was last asked for: one to open, a file's text, one to delete
 
     all() {
       return Object.keys(localStorage)
@@ -41,29 +46,54 @@ window.conversations = (() => {
     },
     // This one is shown now, as it is here.
     show(conversation) {
+      if (conversation.id !== this.current?.id) window.chat.follow();
       this.current = conversation;
       sessionStorage.setItem(OPEN, conversation.id);
       return keep(conversation);
     },
-    // This one has changed, whether it is still shown or not.
-    change(conversation) {
-      if (conversation.id === this.current?.id) this.current = conversation;
-      return !read(conversation.id) || keep(conversation);
+    // The settings of this one have changed, whether it is still shown or not.
+    set({ id, settings }) {
+      if (id === this.current?.id) this.current = { ...this.current, settings };
+      const kept = read(id); // which another tab may have gone on with
+      return !kept || keep({ ...kept, settings });
     },
-    // What has become of the one that was shown when an event began.
+    // What has become of the one that was shown when an event began, here or in another tab.
     latest(seen) {
-      return !seen || seen.id === this.current?.id ? this.current : (read(seen.id) ?? seen);
+      const id = (seen ?? this.current)?.id;
+      const shown = this.current?.id === id ? this.current : null;
+      const kept = read(id);
+      return kept && !(shown?.updated >= kept.updated) ? kept : (shown ?? seen);
+    },
+    // The one that is shown, where it is what another tab has changed.
+    changedElsewhere(key) {
+      return this.current && key === entry(this.current.id) ? read(this.current.id) : null;
     },
     remove(id) {
       localStorage.removeItem(entry(id));
     },
+
+    // What is to be opened, as the next event brings it.
+    none() {
+      closeList();
+      return null;
+    },
     // The one that this tab showed before it was loaded anew.
     opened() {
+      closeList();
       window.box.restore();
-      // On a narrow screen the list lies over the chat: closed, until it is wanted.
-      const toggle = document.querySelector("#left.open .toggle-button");
-      if (matchMedia("(max-width: 768px)").matches) toggle?.click();
       return read(sessionStorage.getItem(OPEN));
+    },
+    chosen() {
+      closeList();
+      return this.latest(this.wanted.id === this.current?.id ? null : read(this.wanted.id));
+    },
+    brought() {
+      closeList();
+      return this.wanted;
+    },
+    deleted() {
+      this.remove(this.wanted.id); // nothing more is written to it
+      return null;
     },
   };
 })();
@@ -84,6 +114,7 @@ window.box = (() => {
     const message = area().value;
     if (message.trim() && !window.lane.isWriting()) {
       sent.push(message);
+      window.chat.follow();
       fill("");
       sessionStorage.setItem(DRAFT, message);
     } else {
@@ -104,6 +135,32 @@ window.box = (() => {
     restore() {
       const draft = sessionStorage.getItem(DRAFT);
       if (draft && !area().value) fill(draft);
+    },
+  };
+})();
+
+// The chat follows the reply that grows, unless its reader has scrolled up.
+window.chat = (() => {
+  const NEAR = 8; // pixels from the end
+  let follows = true;
+  const area = () => document.querySelector("#chat [role=log]");
+
+  addEventListener(
+    "scroll",
+    ({ target }) => {
+      if (target !== area()) return;
+      follows = target.scrollHeight - target.scrollTop - target.clientHeight < NEAR;
+    },
+    true,
+  );
+  new MutationObserver(() => {
+    const chat = area();
+    if (follows && chat) chat.scrollTop = chat.scrollHeight;
+  }).observe(document.documentElement, { subtree: true, childList: true, characterData: true });
+
+  return {
+    follow() {
+      follows = true;
     },
   };
 })();
@@ -129,6 +186,43 @@ window.box = (() => {
       target.value = unmarked(target.value);
       target.dispatchEvent(new Event("input"));
     }
+  });
+})();
+
+// A number outside of its field's bounds becomes the nearest of them, before Gradio sees it and
+// fails; a line says so. An empty field is the model's own choice, where there is no slider.
+(() => {
+  const field = ({ target }) =>
+    target.matches?.("#right input[type=number]") ? target : null;
+  const early = (name, handle) => addEventListener(name, handle, true);
+
+  early("focus", (event) => {
+    const input = field(event);
+    if (!input) return;
+    input.dataset.before = input.value;
+    input.closest(".block").querySelector(".between")?.remove();
+  });
+  early("keydown", (event) => event.key === "Enter" && field(event)?.blur());
+  // Gradio takes a slider's value when the pointer leaves it, and knows no keys.
+  early("keyup", ({ target }) => {
+    if (target.matches?.("#right input[type=range]")) target.dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
+  });
+  early("blur", (event) => {
+    const input = field(event);
+    if (!input) return;
+    const { min, max, value, dataset } = input;
+    const isSlider = input.closest(".block").querySelector("[type=range]");
+    if (!value && (input.validity.badInput || isSlider)) input.value = dataset.before;
+    else if (value && min !== "" && +value < +min) input.value = min;
+    else if (value && max !== "" && +value > +max) input.value = max;
+    else return;
+    input.dispatchEvent(new Event("input", { bubbles: true }));
+    const note = document.createElement("p");
+    note.className = "between";
+    note.setAttribute("role", "status");
+    const text = window.pageWords[document.documentElement.lang].between;
+    note.textContent = text.replace("{least}", min).replace("{greatest}", max);
+    input.closest(".block").append(note);
   });
 })();
 

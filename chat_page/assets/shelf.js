@@ -9,14 +9,16 @@ function make(tag, attributes = {}, ...children) {
   return made;
 }
 
+function open(conversation) {
+  window.conversations.wanted = conversation;
+  trigger("choose");
+}
+
 function row(conversation) {
   const current = conversation.id === props.value?.id;
-  const open = make("button", { class: "open", title: conversation.name }, conversation.name);
-  if (current) open.setAttribute("aria-current", "true");
-  open.onclick = () => {
-    window.conversations.chosen = conversation;
-    trigger("choose");
-  };
+  const name = make("button", { class: "open", title: conversation.name }, conversation.name);
+  if (current) name.setAttribute("aria-current", "true");
+  name.onclick = () => open(conversation);
   const remove = make(
     "button",
     { class: "delete", "aria-label": `${words.delete}: ${conversation.name}` },
@@ -25,14 +27,14 @@ function row(conversation) {
   remove.onclick = () => {
     if (!confirm(words.delete_sure)) return;
     if (current) {
-      window.conversations.unwanted = conversation.id; // once nothing more is written to it
+      window.conversations.wanted = conversation;
       trigger("fresh");
     } else {
       window.conversations.remove(conversation.id);
       draw();
     }
   };
-  return make("li", {}, open, remove);
+  return make("li", {}, name, remove);
 }
 
 function fileButton() {
@@ -42,13 +44,19 @@ function fileButton() {
     file.value = "";
     if (!chosen) return;
     if (chosen.size > props.most) return draw(words.file_too_large);
-    window.conversations.brought = await chosen.text();
+    window.conversations.wanted = await chosen.text();
     trigger("bring");
   };
   return make("label", { class: "bring" }, words.import, file);
 }
 
+let drawn = "";
+
 function draw(note = "") {
+  const shown = window.conversations.all().map(({ id, name }) => [id, name]);
+  const state = JSON.stringify([shown, props.value?.id, note]);
+  if (state === drawn) return; // so that who moves through it by keyboard keeps their place
+  drawn = state;
   const rows = window.conversations.all().map(row);
   const list = make("ul", { "aria-label": words.conversations }, ...rows);
   element.querySelector(".shelf").replaceChildren(
@@ -62,6 +70,10 @@ function draw(note = "") {
 const note = (kept) => draw(kept ? "" : words.storage_full);
 
 watch("value", () => note(!props.value || window.conversations.show(props.value)));
-watch("changed", () => note(!props.changed || window.conversations.change(props.changed)));
-addEventListener("storage", () => draw()); // another tab has changed something
+watch("set", () => note(!props.set || window.conversations.set(props.set)));
+addEventListener("storage", ({ key }) => {
+  draw(); // another tab has changed something
+  const changed = window.conversations.changedElsewhere(key);
+  if (changed && window.lane.isFree()) open(changed);
+});
 draw();

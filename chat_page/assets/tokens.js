@@ -35,8 +35,9 @@ function piece(token, index) {
     shown.style.bottom = `${innerHeight - place.top}px`;
     made.after(shown);
   };
-  made.onmouseenter = show;
+  made.onpointerenter = ({ pointerType }) => pointerType === "mouse" && show();
   made.onfocus = show;
+  made.onclick = show;
   return made;
 }
 
@@ -49,7 +50,15 @@ function draw() {
 }
 
 watch("value", draw);
-element.addEventListener("mouseleave", hide);
+element.addEventListener("pointerleave", ({ pointerType }) => pointerType === "mouse" && hide());
+element.addEventListener("focusout", ({ relatedTarget: next }) => {
+  if (next && !element.contains(next)) hide();
+});
+addEventListener("pointerdown", ({ target }) => element.contains(target) || hide());
 element.addEventListener("scroll", hide, true);
-element.addEventListener("keydown", ({ key }) => key === "Escape" && hide());
+element.addEventListener("keydown", ({ key }) => {
+  if (key !== "Escape") return;
+  element.querySelector(".alternatives")?.previousSibling.focus();
+  hide();
+});
 draw();

@@ -94,6 +94,7 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> InvalidRequest
     if first["type"] == "extra_forbidden":
         return _unknown(str(first["loc"][-1]), param, model)
     message = first["msg"].removeprefix("Value error, ")
+    message = message.replace("Tuple should", "a list should").replace(" after validation", "")
     if first["type"] == "value_error":
         return InvalidRequest(message, param=_named_first(message, model))
     return InvalidRequest(f"{param or 'body'}: {message}", param=param)

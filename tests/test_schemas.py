@@ -77,6 +77,7 @@ def test_the_history_of_messages_includes_the_reply_and_joins_a_continued_turn()
         ({"query": "a", "do_sample": False, "top_p": 0.5}, "do_sample", "no effect"),
         ({"query": "a", "max_tokens": 5, "max_new_tokens": 5}, "max_tokens", "one of them"),
         ({"query": "a", "max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"query": "a", "stop": ["b"] * 17}, "stop", "a list should have at most 16 items, not 17"),
         ({"query": "a", "stop": ["b", 7]}, "stop.1", "valid string"),
         ({"query": "a", "logit_bias": {"x": 1}}, "logit_bias.x", "valid integer"),
         ({"query": "a", "history": [["a"]]}, "history.0", ""),

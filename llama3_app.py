@@ -301,7 +301,7 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
         latex_delimiters=LATEX_DELIMITERS,
         feedback_options=None,
         scale=1,
-        autoscroll=False,  # which would hold fast who scrolls up; `page.js` follows the reply
+        autoscroll=False,  # which would hold fast who scrolls up; `follow.js` does not
         elem_id="chat",
     )
     with gr.Group(visible="hidden", elem_id="tokens") as token_panel:

@@ -27,6 +27,11 @@ THEME = gr.themes.Base(
     button_primary_text_color="white",
 )
 STYLE = (ASSETS / "page.css").read_text()
+# What is no component: the browser's side of the page. (`parts.py` has the others.)
+SCRIPT = "\n".join(
+    (ASSETS / f"{name}.js").read_text()
+    for name in ("conversations", "box", "follow", "copying", "numbers", "labels")
+)
 
 # The browser itself refuses what would come from another server, whatever a model writes.
 # (Gradio's own scripts and templates need the inline and the evaluated ones.)
@@ -35,10 +40,8 @@ POLICY = (
     "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "connect-src 'self'; object-src 'none'; base-uri 'self'; form-action 'self'"
 )
-NAMES = texts(
-    "you", "model", "edit", "send", "halt", "conversations", "settings", "between"
-)  # for screen readers
+WORDS = texts("you", "model", "edit", "send", "halt", "conversations", "settings", "between")
 HEAD = (
     f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-    f"<script>window.pageWords = {json.dumps(NAMES)};\n{(ASSETS / 'page.js').read_text()}</script>"
+    f"<script>window.pageWords = {json.dumps(WORDS)};\n{SCRIPT}</script>"
 )

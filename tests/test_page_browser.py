@@ -632,6 +632,24 @@ def test_a_conversation_that_is_deleted_while_it_is_written_stays_away(visitor: 
     expect(page.locator(".shelf .open")).to_have_count(0)
 
 
+def test_what_is_deleted_is_what_was_asked_for_then(visitor: Any) -> None:
+    page = visitor(talk(), **LONG)
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator("#chat .message-row")).to_have_count(0)
+    send(page, ASK)
+    expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
+    with settling(page, events=2):
+        page.evaluate(
+            """() => {
+                document.querySelectorAll(".shelf .delete")[0].click();
+                document.querySelectorAll(".shelf .open")[1].click();
+            }"""
+        )
+    expect(answers(page)).to_have_text("The sea is blue.")
+    assert set(conversations(page)) == {"What is the sea?"}
+
+
 def test_an_event_that_fails_holds_up_nothing(visitor: Any) -> None:
     page = visitor(talk(), **SHORT)
     page.evaluate("window.conversations.current.turns = []")  # so that no message can be edited

@@ -10,7 +10,7 @@ function make(tag, attributes = {}, ...children) {
 }
 
 function open(conversation) {
-  window.conversations.wanted = conversation;
+  window.conversations.asked.chosen = conversation;
   trigger("choose");
 }
 
@@ -27,7 +27,7 @@ function row(conversation) {
   remove.onclick = () => {
     if (!confirm(words.delete_sure)) return;
     if (current) {
-      window.conversations.wanted = conversation;
+      window.conversations.asked.deleted = conversation;
       trigger("fresh");
     } else {
       window.conversations.remove(conversation.id);
@@ -44,7 +44,7 @@ function fileButton() {
     file.value = "";
     if (!chosen) return;
     if (chosen.size > props.most) return draw(words.file_too_large);
-    window.conversations.wanted = await chosen.text();
+    window.conversations.asked.brought = await chosen.text();
     trigger("bring");
   };
   return make("label", { class: "bring" }, words.import, file);

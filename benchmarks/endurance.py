@@ -64,13 +64,8 @@ class Watched:
     def running(self) -> int:
         """Requests that have a slot."""
         lines = requests.get(f"{self._url}/metrics").text.splitlines()
-        return int(
-            sum(
-                float(line.split()[-1])
-                for line in lines
-                if line.startswith("llm_requests_running ")
-            )
-        )
+        (line,) = (line for line in lines if line.startswith("llm_requests_running "))
+        return int(float(line.split()[-1]))
 
     def held(self) -> dict[str, int]:
         """What it holds of the system."""
@@ -80,10 +75,10 @@ class Watched:
             "threads": self._process.num_threads(),
         }
 
-    async def quiet(self) -> None:
-        """Until nothing runs any more."""
-        while await asyncio.to_thread(self.running):
-            await asyncio.sleep(0.05)
+    async def until(self, *, some_run: bool) -> None:
+        """Wait until some request has a slot, or until none has."""
+        while bool(await asyncio.to_thread(self.running)) != some_run:
+            await asyncio.sleep(0)
 
 
 class Refused(Exception):
@@ -152,13 +147,12 @@ async def crowd(service: Watched, scale: float) -> dict[str, Any]:
     async def one(number: int) -> None:
         try:
             async with stream(QUESTIONS[number % 8], 8) as events:
-                event = await anext(events)
+                await anext(events)
                 if next(begun) == count:
                     all_begun.set()
                 await all_begun.wait()
-                async for event in events:  # noqa: B007 - the last one counts
-                    pass
-            assert event["event"] == "end", event
+                *_, last = [event async for event in events]
+            assert last["event"] == "end", last
         finally:
             all_begun.set()  # one that failed holds nobody up
 
@@ -167,7 +161,7 @@ async def crowd(service: Watched, scale: float) -> dict[str, Any]:
     while_open = service.held()
     results = await replies
     failed = [repr(result) for result in results if isinstance(result, BaseException)]
-    await service.quiet()
+    await service.until(some_run=False)
     return {
         "streams": count,
         "failed": dict(Counter(failed)),
@@ -185,11 +179,9 @@ async def leave(service: Watched, scale: float) -> dict[str, Any]:
         async with stream(QUESTIONS[number % 8], 400) as events:
             for _ in range(random.Random(number).randrange(1, 12)):
                 await anext(events)
-            while not await asyncio.to_thread(service.running):
-                pass
+            await service.until(some_run=True)
         left = time.monotonic()
-        while await asyncio.to_thread(service.running):
-            pass
+        await service.until(some_run=False)
         free_ms.append(1000 * (time.monotonic() - left))
     return {"trials": len(free_ms), "free_after_ms": spread(free_ms)}
 
@@ -236,14 +228,14 @@ async def overload(service: Watched, scale: float) -> dict[str, Any]:
 async def idle(service: Watched, scale: float) -> dict[str, Any]:
     """The first token of those who do ask, before and beside those who hold a connection open."""
     before = [await first_token_ms(number) for number in range(40)]
-    crowd: list[asyncio.StreamWriter] = []
+    silent: list[asyncio.StreamWriter] = []
 
     async def come(text: str) -> None:
         # The limit stops the socket from being read: a few KB, and nobody takes more.
         _, writer = await asyncio.open_connection("127.0.0.1", PORT, limit=1024)
         writer.write(text.encode())
         writer.transport.pause_reading()  # type: ignore[attr-defined]
-        crowd.append(writer)
+        silent.append(writer)
 
     body = json.dumps({"query": QUESTIONS[0], "max_new_tokens": 64, "logprobs": 20})
     unread = f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}"
@@ -254,9 +246,9 @@ async def idle(service: Watched, scale: float) -> dict[str, Any]:
     half = [await first_token_ms(number) for number in range(40)]
     for _ in range(int(50 * scale)):
         await come(unread)
-    await service.quiet()
+    await service.until(some_run=False)
     beside = [await first_token_ms(number) for number in range(40)]
-    for writer in crowd:
+    for writer in silent:
         writer.close()
     return {
         "crowd": {
@@ -310,7 +302,7 @@ async def soak(service: Watched, scale: float) -> dict[str, Any]:
         if number % (count // 100) == 0:
             samples.append(service.held())
     await asyncio.gather(*tasks)
-    await service.quiet()
+    await service.until(some_run=False)
     # The first tenth is left out: what a first crowd needs is kept for the next.
     sizes = [sample["resident_kb"] for sample in samples]
     early, late = statistics.mean(sizes[10:30]), statistics.mean(sizes[-20:])

@@ -30,7 +30,7 @@ STYLE = (ASSETS / "page.css").read_text()
 # What is no component: the browser's side of the page. (`parts.py` has the others.)
 SCRIPT = "\n".join(
     (ASSETS / f"{name}.js").read_text()
-    for name in ("conversations", "box", "follow", "copying", "numbers", "labels")
+    for name in ("common", "conversations", "box", "follow", "copying", "numbers", "labels")
 )
 
 # The browser itself refuses what would come from another server, whatever a model writes.

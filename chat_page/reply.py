@@ -54,16 +54,11 @@ class Replies:
 
         Where there is none, or it has ended, nothing happens.
         """
-        wanted = self._open.get(reply_id or "")
-        if wanted is None:
-            return
-        # First the mark, then the call: `write` looks for the mark once the service knows the id.
-        wanted.is_stopped = True
-        try:
-            self._client.stop(str(reply_id))
-        except StreamError as error:
-            if error.status is None and wanted.batches is not None:
-                wanted.batches.end()  # nobody answers there: nothing more is to be waited for
+        this = self._open.get(reply_id or "")
+        if this is not None:
+            # First the mark, then the call: `write` looks for the mark once the service knows it.
+            this.is_stopped = True
+            self._end(str(reply_id), this)
 
     def write(
         self,
@@ -88,7 +83,7 @@ class Replies:
         def events() -> Generator[dict[str, Any], None, None]:
             stream = self._client.stream(conversation.messages(), request_id=reply_id, **params)
             if this.is_stopped:
-                self._end(reply_id)
+                self._end(reply_id, this)
             yield from stream.events()
 
         this.batches = Batches(events(), reply.pause, self._clock)
@@ -112,12 +107,15 @@ class Replies:
             del self._open[reply_id]
             if reply.figures.finish_reason is None and reply.problem is None:
                 this.batches.end()
-                self._end(reply_id)
+                self._end(reply_id, this)
         yield reply.progress()._replace(is_last=True)
 
-    def _end(self, reply_id: str) -> None:
-        with suppress(StreamError):  # it has ended, or the service is gone: so be it
+    def _end(self, reply_id: str, this: "_Open") -> None:
+        try:
             self._client.stop(reply_id)
+        except StreamError as error:  # with a status: it has ended, or is not known yet
+            if error.status is None and this.batches is not None:
+                this.batches.end()  # nobody answers there: nothing more is to be waited for
 
 
 class _Open:

@@ -1,6 +1,7 @@
 // The box for messages. What is sent leaves it at once, before Gradio sees the key or the click, so
 // that what is typed next stays; it is kept for this tab until the server has it, as a draft is.
 window.box = (() => {
+  const { early } = window.common;
   const DRAFT = "llm-chat-draft";
   const sent = [];
   const area = () => document.querySelector("#box textarea");
@@ -23,7 +24,6 @@ window.box = (() => {
     }
   }
   document.addEventListener("input", ({ target }) => target === area() && keep());
-  const early = (name, handle) => addEventListener(name, handle, true);
   early("keypress", (event) => {
     if (event.key === "Enter" && !event.shiftKey && event.target === area()) send(event);
   });

@@ -56,12 +56,15 @@ window.conversations = (() => {
       const kept = read(id); // which another tab may have gone on with
       return !kept || keep({ ...kept, settings });
     },
-    // What has become of the one that was shown when an event began, here or in another tab.
-    latest(seen) {
-      const id = (seen ?? this.current)?.id;
+    // One as it is now: another tab may have gone on with what is shown here.
+    newest(id) {
       const shown = this.current?.id === id ? this.current : null;
       const kept = read(id);
-      return kept && !(shown?.updated >= kept.updated) ? kept : (shown ?? seen);
+      return kept && !(shown?.updated >= kept.updated) ? kept : shown;
+    },
+    // What has become of the one that was shown when an event began.
+    latest(seen) {
+      return this.newest((seen ?? this.current)?.id) ?? seen;
     },
     // The one that is shown, where it is what another tab has changed.
     changedElsewhere(key) {
@@ -84,8 +87,7 @@ window.conversations = (() => {
     },
     chosen() {
       closeList();
-      const { id } = this.asked.chosen;
-      return this.latest(id === this.current?.id ? null : read(id));
+      return this.newest(this.asked.chosen.id) ?? this.latest(); // it may have been deleted since
     },
     brought() {
       closeList();

@@ -4,14 +4,10 @@ window.chat = (() => {
   let follows = true;
   const area = () => document.querySelector("#chat [role=log]");
 
-  addEventListener(
-    "scroll",
-    ({ target }) => {
-      if (target !== area()) return;
-      follows = target.scrollHeight - target.scrollTop - target.clientHeight < NEAR;
-    },
-    true,
-  );
+  window.common.early("scroll", ({ target }) => {
+    if (target !== area()) return;
+    follows = target.scrollHeight - target.scrollTop - target.clientHeight < NEAR;
+  });
   new MutationObserver(() => {
     const chat = area();
     if (follows && chat) chat.scrollTop = chat.scrollHeight;

@@ -2,7 +2,7 @@
 // fails; a line says so. An empty field is the model's own choice, where there is no slider.
 (() => {
   const field = ({ target }) => (target.matches?.("#right input[type=number]") ? target : null);
-  const early = (name, handle) => addEventListener(name, handle, true);
+  const { early, language, make } = window.common;
 
   early("focus", (event) => {
     const input = field(event);
@@ -26,11 +26,8 @@
     else if (value && max !== "" && +value > +max) input.value = max;
     else return;
     input.dispatchEvent(new Event("input", { bubbles: true }));
-    const note = document.createElement("p");
-    note.className = "between";
-    note.setAttribute("role", "status");
-    const text = window.pageWords[document.documentElement.lang].between;
-    note.textContent = text.replace("{least}", min).replace("{greatest}", max);
-    input.closest(".block").append(note);
+    const text = window.pageWords[language].between;
+    const bounds = text.replace("{least}", min).replace("{greatest}", max);
+    input.closest(".block").append(make("p", { class: "between", role: "status" }, bounds));
   });
 })();

@@ -1,13 +1,6 @@
-const language = navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en";
+const { language, make } = window.common;
 const words = props.words[language];
 document.documentElement.lang = language;
-
-function make(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
 
 function open(conversation) {
   window.conversations.asked.chosen = conversation;
@@ -53,11 +46,12 @@ function fileButton() {
 let drawn = "";
 
 function draw(note = "") {
-  const shown = window.conversations.all().map(({ id, name }) => [id, name]);
-  const state = JSON.stringify([shown, props.value?.id, note]);
+  const all = window.conversations.all();
+  const names = all.map(({ id, name }) => [id, name]);
+  const state = JSON.stringify([names, props.value?.id, note]);
   if (state === drawn) return; // so that who moves through it by keyboard keeps their place
   drawn = state;
-  const rows = window.conversations.all().map(row);
+  const rows = all.map(row);
   const list = make("ul", { "aria-label": words.conversations }, ...rows);
   element.querySelector(".shelf").replaceChildren(
     rows.length ? list : make("p", { class: "note" }, words.none_yet),

@@ -1,11 +1,5 @@
-const words = props.words[navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en"];
-
-function make(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children);
-  return made;
-}
+const { language, make } = window.common;
+const words = props.words[language];
 
 const percent = (probability) => `${(100 * probability).toFixed(probability < 0.0995 ? 1 : 0)} %`;
 const visible = (text) => text.replaceAll("\n", "↵").replaceAll(" ", "␣") || "∅";

@@ -25,6 +25,7 @@ from stream_generator.loading.packed_cache import PackedCache
 from stream_generator.loading.packed_file import PackedFile
 from stream_generator.loading.untrusted import refuse_pickle, refuse_unsafe
 from stream_generator.memory import free_memory, refuse_if_too_large
+from stream_generator.precision import choose_precision
 from stream_generator.quantization import DENSE_SHARE, PackedWeight, Packing
 from stream_generator.sampler import generator_for
 from stream_generator.sampling_params import SamplingParams
@@ -154,10 +155,11 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Load a model from whatever people have of it; see `locate`. None: the demo model.
 
-    quantize: "none", "int8", "int4", or "auto" for weights packed as the checkpoint has them.
-    name: what it is called in answers. dtype: "bfloat16", "float16", "float32", or "auto" for
-    bfloat16 where the device is fast at it, else float32. device: one to put it on; by default it
-    is spread over all GPUs there are, else on the CPU. device_map: which part goes where, as
+    quantize: "none", "int8", "int4", or "auto" for weights packed as the checkpoint has them,
+    unless this processor is slow at these and dense ones fit into memory. name: what it is called
+    in answers. dtype: "bfloat16", "float16", "float32", or "auto" for bfloat16 where the device is
+    fast at it or float32 does not fit, else float32. device: one to put it on; by default it is
+    spread over all GPUs there are, else on the CPU. device_map: which part goes where, as
     transformers takes it: "auto", "balanced", "sequential", or devices by the names of modules.
     allow_pickle: read pickled weights where there are no others.
 
@@ -169,7 +171,7 @@ def load_checkpoint(
         _refuse_unusable(device)
     elif device_map is None and torch.cuda.is_available():
         device_map = "auto"
-    wanted = preferred_dtype(device) if dtype == "auto" else getattr(torch, dtype)
+    on_cpu = device_map is None and torch.device(device or "cpu").type == "cpu"
     try:
         found = locate(source, allow_pickle=allow_pickle)
         directory = found.directory
@@ -179,15 +181,20 @@ def load_checkpoint(
         weights = sum(file.stat().st_size for file in weights_in(directory))
     except (OSError, RuntimeError) as error:  # a place that must not be read or written, say
         raise CheckpointError(f"could not read {source}: {error}") from error
-    needed = weights * wanted.itemsize // _stored_bytes(directory)
-    refuse_if_too_large(directory, needed, _free_for_weights(device, spread=device_map is not None))
+    free = _free_for_weights(device, spread=device_map is not None)
+    numbers = weights // _stored_bytes(directory)
+    is_packed = (directory / PACKED_FILE).is_file()
+    precision = choose_precision(
+        dtype, quantize, numbers=numbers, is_packed=is_packed, on_cpu=on_cpu, free=free
+    )
+    refuse_if_too_large(directory, numbers * precision.dtype.itemsize, free)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         chat = MetaChatFormat(tokenizer) if found.layout == META else ChatFormat(tokenizer)
         chat.check_template()
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=wanted,
+            dtype=precision.dtype,
             device_map=device_map or device,
             use_safetensors=None if allow_pickle else True,
             weights_only=True,
@@ -217,7 +224,7 @@ def load_checkpoint(
             f"{source} lacks {len(missing)} of its weights ({missing[0]}, ...); download it again"
         )
     parameters = model.num_parameters()
-    _make_lean_and_keep(model, quantize, found)
+    _make_lean_and_keep(model, precision.quantize, found)
     _return_freed_memory()
     made = Checkpoint.of(model, tokenizer, name or found.name)
     model.generation_config.stop_strings = None  # they are in the defaults now
@@ -290,17 +297,6 @@ def _return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
-
-
-def preferred_dtype(device: str | None = None) -> torch.dtype:
-    """bfloat16 where the device has kernels made for it, else float32."""
-    if torch.cuda.is_available() and device != "cpu":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        # Builds without oneDNN, as for Apple's processors, lack the question.
-        supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-        fast = supported is not None and supported()
-    return torch.bfloat16 if fast else torch.float32
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

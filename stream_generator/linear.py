@@ -5,6 +5,7 @@ gate, the residual) is done while its result is still in registers, where the ke
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -44,7 +45,7 @@ class PlainLinear:
 
 
 class DenseLinear(PlainLinear):
-    """A weight as the checkpoint has it, [out, in]: for a GPU, or a PyTorch without oneDNN."""
+    """A weight as the checkpoint has it, [out, in]: for a GPU, or where oneDNN refuses it."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         self._weight, self._bias = weight, bias
@@ -96,6 +97,20 @@ def joined_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
 
 def laid_out(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
     """The `Linear` of this weight, float [out, in], that is fastest on its device."""
-    if weight.device.type == "cpu" and torch._C._has_mkldnn:
+    if weight.device.type == "cpu" and can_reorder(weight.dtype):
         return ReorderedLinear(weight, bias)
     return DenseLinear(weight, bias)
+
+
+@cache
+def can_reorder(dtype: torch.dtype) -> bool:
+    """Whether oneDNN accepts weights of this dtype here.
+
+    It refuses bfloat16 and float16 on processors without instructions for them, as those with AVX2
+    alone; and some builds of PyTorch lack oneDNN.
+    """
+    try:
+        ReorderedLinear(torch.zeros(16, 16, dtype=dtype))
+    except (RuntimeError, AttributeError):
+        return False
+    return True

@@ -4,6 +4,8 @@ A step for a few rows spends its time reading weights, so fewer bytes mean more 
 """
 
 import functools
+import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
@@ -18,7 +20,7 @@ MIDDLE = 8  # the kernels take a value as (value - 8) * scale + zero
 
 # From so many rows on, unpacking once beats a packed product, which grows with the rows.
 MANY_ROWS = 96
-BLOCK = 64  # outputs that the CPU's kernel keeps together
+BLOCKS = (64, 32)  # outputs that the CPU's kernel packs together: with AVX-512, with AVX2
 SLICE_BYTES = 8_000_000  # of unpacked weights at a time: they stay in the processor's cache
 
 # The most of the free memory that dense weights beside packed ones may take. A GPU's is there for
@@ -112,7 +114,7 @@ class PackedWeight:
 
 
 class PackedLinear(PlainLinear):
-    """A product with a `PackedWeight`, by the kernel for four bits.
+    """A product with a `PackedWeight`, by the kernel for four bits. It takes inputs of any dtype.
 
     Eight bits are two times four, v = 16 high + low, side by side along the inputs: the kernel for
     eight bits has one scale for a whole output, which costs quality.
@@ -124,6 +126,8 @@ class PackedLinear(PlainLinear):
         bias: torch.Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ):
+        """dtype: the kernel's, whatever the inputs' is: for all but bfloat16 PyTorch's kernel is a
+        scalar loop on a CPU, forty times slower (docs/performance.md)."""
         values, scales, zeros = weight.values, weight.scales, weight.zeros
         if zeros is None:
             zeros = torch.zeros_like(scales)
@@ -139,18 +143,19 @@ class PackedLinear(PlainLinear):
         if raw.device.type == "cpu":
             self._product = torch.ops.aten._weight_int4pack_mm_for_cpu
             # Some blocks at a time: the kernel's own packing takes 32 bits for each value.
-            rows = max(SLICE_BYTES // raw.shape[1] // BLOCK, 1) * BLOCK
-            pack = torch.ops.aten._convert_weight_to_int4pack_for_cpu
-            self.weight = torch.cat([pack(part.int(), 1) for part in raw.split(rows)])
+            rows = max(SLICE_BYTES // raw.shape[1] // BLOCKS[0], 1) * BLOCKS[0]
+            self.weight = torch.cat([_packed_for_cpu(part) for part in raw.split(rows)])
         else:
             self._product = torch.ops.aten._weight_int4pack_mm
             pairs = (raw[:, ::2] << 4 | raw[:, 1::2]).view(torch.uint8).contiguous()
             self.weight = torch.ops.aten._convert_weight_to_int4pack(pairs, 2)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        inputs = x.to(self.scales_and_zeros.dtype)
         if self.twice:
-            x = torch.cat((x, x), dim=1)
-        y: torch.Tensor = self._product(x, self.weight, GROUP, self.scales_and_zeros)
+            inputs = torch.cat((inputs, inputs), dim=1)
+        product = self._product(inputs, self.weight, GROUP, self.scales_and_zeros)
+        y: torch.Tensor = product.to(x.dtype)
         return y if self.bias is None else y.add_(self.bias)
 
 
@@ -160,52 +165,76 @@ class UnpackedLinear(PlainLinear):
     For a model whose dense weights do not fit beside the packed ones.
     """
 
-    def __init__(self, packed: PackedLinear):
-        """packed: on a CPU, with a multiple of 64 outputs, where `layout_is_known`."""
-        self._packed = packed
+    def __init__(self, packed: PackedLinear, block: int):
+        """packed: on a CPU. block: as `packed_block` tells; the outputs are a multiple of it."""
+        self._packed, self._block = packed, block
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         packed = self._packed
         if packed.twice:
             x = torch.cat((x, x), dim=1)
         inputs, outputs = x.shape[1], packed.scales_and_zeros.shape[1]
-        step = max(SLICE_BYTES // x.element_size() // inputs // BLOCK, 1) * BLOCK
+        step = max(SLICE_BYTES // x.element_size() // inputs // self._block, 1) * self._block
         y = x.new_empty(len(x), outputs)
         for first in range(0, outputs, step):
             part = slice(first, first + step)
-            weight = self._dense(packed.weight[part], packed.scales_and_zeros[:, part])
-            torch.mm(x, weight, out=y[:, part])
+            scales_and_zeros = packed.scales_and_zeros[:, part].to(x.dtype)
+            torch.mm(x, self._dense(packed.weight[part], scales_and_zeros), out=y[:, part])
         return y if packed.bias is None else y.add_(packed.bias)
 
-    @staticmethod
-    def _dense(weight: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
-        """[in, outputs of the slice]"""
+    def _dense(self, weight: torch.Tensor, scales_and_zeros: torch.Tensor) -> torch.Tensor:
+        """[in, outputs of the slice], of the dtype of the scales and zeros"""
         scales, zeros = scales_and_zeros[:, None].unbind(dim=3)
-        values = _values(weight, scales.dtype).unflatten(0, (-1, GROUP))
+        values = _values(weight, scales.dtype, self._block).unflatten(0, (-1, GROUP))
         # PyTorch adds and multiplies along a row only if scales and zeros lie close together, too.
         zeros = (zeros - MIDDLE * scales).contiguous()
         return torch.addcmul(zeros, values, scales.contiguous(), out=values).flatten(0, 1)
 
 
-def _values(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _packed_for_cpu(raw: torch.Tensor) -> torch.Tensor:
+    """raw: 0 to 15, [out, in]. Returns what the CPU's kernel reads, uint8 [out, in / 2]."""
+    packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(raw.int(), 1)
+    return packed
+
+
+def _values(weight: torch.Tensor, dtype: torch.dtype, block: int) -> torch.Tensor:
     """What the CPU's kernel has packed, 0 to 15: [in, out].
 
     In each byte an output of the first half of a block, and above it one of the second.
     """
-    blocks = weight.view(-1, weight.shape[1] * 2, BLOCK // 2)
-    values = torch.empty(blocks.shape[1], len(blocks), BLOCK, dtype=dtype)
+    blocks = weight.view(-1, weight.shape[1] * 2, block // 2)
+    values = torch.empty(blocks.shape[1], len(blocks), block, dtype=dtype)
     by_block = values.transpose(0, 1)
-    by_block[:, :, : BLOCK // 2] = blocks & 15
-    by_block[:, :, BLOCK // 2 :] = blocks >> 4
+    by_block[:, :, : block // 2] = blocks & 15
+    by_block[:, :, block // 2 :] = blocks >> 4
     return values.flatten(1)
 
 
 @functools.cache
-def layout_is_known() -> bool:
-    """Whether the kernel packs as `_values` reads: that differs with the CPU's instructions."""
-    raw = torch.randint(16, (2 * BLOCK, GROUP), generator=torch.Generator().manual_seed(0)).int()
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(raw, 1)
-    return torch.equal(_values(packed, torch.int32).T, raw)
+def packed_block() -> int:
+    """How many outputs the CPU's kernel packs together; 0 if `_values` cannot read its order."""
+    raw = torch.randint(16, (2 * BLOCKS[0], GROUP), generator=torch.Generator().manual_seed(0))
+    packed = _packed_for_cpu(raw)
+    readable = (b for b in BLOCKS if torch.equal(_values(packed, raw.dtype, b).T, raw))
+    return next(readable, 0)
+
+
+def product_milliseconds() -> tuple[float, float]:
+    """What a product of one row with 1,024 by 1,024 weights takes here: packed, and dense."""
+    size = 1024
+    values = torch.randint(-8, 8, (size, size), dtype=torch.int8)
+    packed = PackedWeight(4, values, torch.ones(size, size // GROUP, dtype=torch.bfloat16))
+    x = torch.randn(1, size)
+
+    def of(product: Linear) -> float:
+        times = []
+        for _ in range(5):
+            began = time.perf_counter()
+            product(x)
+            times.append(time.perf_counter() - began)
+        return 1000 * statistics.median(times)
+
+    return of(PackedLinear(packed)), of(laid_out(torch.randn(size, size)))
 
 
 class ByRows:
@@ -233,13 +262,14 @@ class Packing:
 
     bits: 4 or 8, of what `saved` does not hold; 0: that stays dense. saved: by the names of the
     model's modules; without `bits`, equal to its dense weights up to rounding. keep_dense: keep
-    the dense weights too, for many rows. made: what had to be packed, to be saved for another time,
-    as `PackedWeight.tensors`.
+    the dense weights too, for many rows. dtype: in which packed products are computed. made: what
+    had to be packed, to be saved for another time, as `PackedWeight.tensors`.
     """
 
     bits: int = 0
     saved: Mapping[str, PackedWeight] = field(default_factory=dict)
     keep_dense: bool = False
+    dtype: torch.dtype = torch.bfloat16
     made: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def pack(self, named: dict[str, nn.Linear], dense: Linear, *, least_bits: int = 4) -> Linear:
@@ -263,11 +293,12 @@ class Packing:
             for name, weight in made.items():
                 self.made.update(weight.tensors(name))
             weight = PackedWeight.joined(list(made.values()))
-        few = PackedLinear(weight, bias, first.dtype)
+        few = PackedLinear(weight, bias, self.dtype)
         if not self.keep_dense:
-            whole_blocks = first.device.type == "cpu" and len(weight.values) % BLOCK == 0
-            known = whole_blocks and layout_is_known()
-            return ByRows(few, UnpackedLinear(few), MANY_ROWS - 1) if known else few
+            block = packed_block() if first.device.type == "cpu" else 0
+            if not block or len(weight.values) % block:
+                return few
+            return ByRows(few, UnpackedLinear(few, block), MANY_ROWS - 1)
         if self.bits:
             # What few rows and many are multiplied with must be the same.
             dense = laid_out(weight.dense().to(first.dtype), bias)

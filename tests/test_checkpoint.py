@@ -4,15 +4,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_llama
 from fakes import END, FakeModel, byte_tokenizer, fake_checkpoint, says
 from safetensors.torch import load_file, save_file
 
-from stream_generator.checkpoint import Checkpoint, load_checkpoint, preferred_dtype
+from stream_generator.checkpoint import Checkpoint, load_checkpoint
 from stream_generator.engine import Engine
 from stream_generator.errors import CheckpointError
 from stream_generator.generate import stream_generate
 from stream_generator.model_runner import runner_for
+from stream_generator.precision import preferred_dtype
 from stream_generator.sampling_params import SamplingParams
 
 
@@ -118,7 +120,7 @@ def test_a_directory_loads_and_its_facts_are_read(
 ) -> None:
     checkpoint = load_checkpoint(str(saved))
     assert checkpoint.name == "tiny-llama"
-    assert checkpoint.model.dtype == preferred_dtype()
+    assert checkpoint.model.dtype == preferred_dtype(on_cpu=not torch.cuda.is_available())
     assert not checkpoint.model.training
     assert checkpoint.context_length == 256
     assert checkpoint.vocab_size == 258

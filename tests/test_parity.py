@@ -183,7 +183,8 @@ def packed(bits: int, *, keep_dense: bool) -> Callable[[PreTrainedModel], PreTra
                 saved[name] = PackedWeight.of(module.weight, bits)
                 module.weight.data = saved[name].dense()
         made = copy.deepcopy(model)
-        assert fuse(made, Packing(saved=saved, keep_dense=keep_dense))
+        # In float32, as all the rest: roundings to bfloat16 would make ties of clear choices.
+        assert fuse(made, Packing(saved=saved, keep_dense=keep_dense, dtype=torch.float32))
         return made
 
     return make

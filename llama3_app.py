@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from pydantic import ValidationError
 from chat_page import files, parts
 from chat_page.controls import About, Controls, settings_of
 from chat_page.conversation import Conversation, Settings, TooLarge
+from chat_page.hosting import end_when_stdin_closes, server_address
 from chat_page.look import HEAD, STYLE, THEME
 from chat_page.markup import LATEX_DELIMITERS, unmarked
 from chat_page.reply import REPLIES_AT_ONCE, Replies, sentence
@@ -32,6 +34,7 @@ from chat_page.tokens import Token, branch, for_view, text_of
 from chat_page.transcript import finished, in_progress, transcript, turn_at
 from chat_page.words import Words, i18n, language_of, preset, words_of
 from stream_service.client import StreamClient, StreamError
+from stream_service.loopback import bypass_proxies
 
 ADDRESS = "http://127.0.0.1:8800"
 SECONDS_BETWEEN_SAVES = 1.0
@@ -399,6 +402,7 @@ def main() -> None:
     parser.add_argument(
         "--share", action="store_true", help="a public address by Gradio's relay (off)"
     )
+    parser.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     name, _, password = (args.auth or "").partition(":")
     if args.auth and not (name and password):
@@ -406,21 +410,35 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what follows is tidied up
     ended = contextlib.suppress(KeyboardInterrupt)
     with ended, tempfile.TemporaryDirectory(prefix="llm-chat-page-") as empty:
+        if args.until_stdin_closes:
+            end_when_stdin_closes()
         os.environ["GRADIO_TEMP_DIR"] = empty
         os.chdir(empty)  # Gradio may serve what lies where it runs
-        demo.launch(
-            auth=(name, password) if args.auth else None,
-            share=args.share,
-            max_threads=REPLIES_AT_ONCE + 16,
-            max_file_size=1,
-            run_history=False,
-            ssr_mode=False,
-            footer_links=[],
-            i18n=i18n,
-            theme=THEME,
-            css=STYLE,
-            head=HEAD,
-        )
+        try:
+            serve((name, password) if args.auth else None, share=args.share)
+        except Exception as error:
+            sys.exit(f"the chat page could not start: {error}")
+
+
+def serve(auth: tuple[str, str] | None, *, share: bool) -> None:
+    """Serve the page until it is interrupted. Raises `OSError` if its port is in use."""
+    host, port = server_address()
+    bypass_proxies(host)  # Gradio asks its own address whether it can be reached
+    demo.launch(
+        server_name=host,
+        server_port=port,
+        auth=auth,
+        share=share,
+        max_threads=REPLIES_AT_ONCE + 16,
+        max_file_size=1,
+        run_history=False,
+        ssr_mode=False,
+        footer_links=[],
+        i18n=i18n,
+        theme=THEME,
+        css=STYLE,
+        head=HEAD,
+    )
 
 
 # `gradio llama3_app.py` runs this file again at each change, for `demo` alone.

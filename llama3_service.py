@@ -7,12 +7,14 @@ import argparse
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
+from stream_generator.threads import settle_threads
 from stream_service.command_line import parse_arguments
 
 if TYPE_CHECKING:
@@ -24,17 +26,22 @@ PAGE = Path(__file__).with_name("llama3_app.py")
 def main(arguments: list[str] | None = None) -> int:
     """Serve until a signal ends it; returns the exit status."""
     args = parse_arguments(arguments)
-    limit_spinning()
+    threads = settle_threads(args.threads)
     start_log(args.log_json)
     # Imported here, so that --help and a mistyped flag answer at once.
+    from stream_service.page_process import PageProcess, page_environment
     from stream_service.server import Server, bind
 
     try:
-        listening = bind(args.host, args.port)
+        flag, port = "--app-port", args.app_port
+        if args.app:  # the page itself starts when the model is loaded
+            bind(args.host, port).close()
+        flag, port = "--port", args.port
+        listening = bind(args.host, port)
     except OSError as error:
         print(
-            f"cannot listen on {args.host}:{args.port}: {error.strerror}; "
-            "choose another --port, or end what is using it",
+            f"cannot listen on {args.host}:{port}: {error.strerror}; choose another {flag}, or end "
+            "what is using it",
             file=sys.stderr,
         )
         return 1
@@ -46,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     from stream_generator.errors import CheckpointError
 
     try:
+        from stream_generator import processor, warm_up
         from stream_generator.checkpoint import load_checkpoint
         from stream_generator.engine import Engine
         from stream_generator.model_runner import runner_for
@@ -66,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             max_concurrent=args.max_concurrent,
             max_context=args.max_context,
         )
+        speed = warm_up.tokens_per_second(checkpoint, runner)
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 1
@@ -73,10 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("ended while loading", file=sys.stderr)
         return 1
     print(f"{checkpoint.describe()}\n{runner.describe()}", flush=True)
+    measured = f": one stream gets {speed:.0f} tokens a second" if speed else ""
+    print(f"{threads} threads on a processor with {processor.describe()}{measured}", flush=True)
     engine = Engine(
         checkpoint, max_waiting=args.max_queue, max_seconds=args.max_time, runner=runner
     )
-    server.open(create_app(engine, args.settings), max_open=engine.max_waiting + engine.max_running)
+    app = create_app(engine, args.settings, tokens_per_second=speed)
+    server.open(app, max_open=engine.max_waiting + engine.max_running)
 
     def end(signal_number: int, frame: object) -> None:
         if ending.is_set():  # a second one ends at once, and the page with it
@@ -87,13 +99,19 @@ def main(arguments: list[str] | None = None) -> int:
         engine.drain(args.drain)
 
     ending = threading.Event()
-    page: subprocess.Popen[bytes] | None = None
+    page: PageProcess | None = None
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
         signal.signal(signal.SIGHUP, end)  # the terminal is closed; nohup has it ignored
     address = f"http://{_reachable(args.host)}:{server.port}"
-    page = _start_page(args, address) if args.app else None
+    if args.app:
+        key = args.settings.api_keys[0] if args.settings.api_keys else None
+        page = PageProcess(
+            PAGE,
+            page_environment(args.host, args.app_port, address, key),
+            when_failed=lambda: engine.drain(args.drain),
+        )
     print(_welcome(args, checkpoint, address), flush=True)
     # The computing stays on this thread, which has loaded the model (see `Engine`).
     try:
@@ -102,19 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
         server.stop()
         serving.join()
         if page is not None:
-            page.terminate()
-            page.wait()
-    return 1 if engine.failed else 0
-
-
-def limit_spinning() -> None:
-    """Let torch's threads wait less busily, unless the environment says how.
-
-    Read when torch is imported. See docs/performance.md: with GNU OpenMP's own figure one busy
-    neighbour on the machine slows each token twentyfold.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+            page.end()
+    return 1 if engine.failed or (page is not None and page.failed) else 0
 
 
 def start_log(as_json: bool) -> None:
@@ -142,27 +149,24 @@ def _welcome(args: argparse.Namespace, checkpoint: "Checkpoint", address: str) -
         f"\nWARNING: {args.host} can be reached from outside, and no key is asked for. Give one "
         "with LLAMA3_API_KEY or --api-key-file.\n"
     )
-    key = "-H 'Authorization: Bearer YOUR_KEY' " if keys else ""
+    options = "-H 'Content-Type: application/json'"
+    if keys:
+        options = f"-H 'Authorization: Bearer YOUR_KEY' {options}"
+    if args.is_loopback and _asks_a_proxy(address):
+        options = f"--noproxy '*' {options}"
     return (
         f"{checkpoint.name} is ready at {address} (for OpenAI's clients: {address}/v1; the "
         f"protocol: {address}/docs). Try:\n\n"
-        f"    curl -N {key}-H 'Content-Type: application/json' -d '{body}' {address}/{path}\n"
+        f"    curl -N {options} -d '{body}' {address}/{path}\n"
         f"{warning if is_open else ''}"
     )
 
 
-def _start_page(args: argparse.Namespace, address: str) -> "subprocess.Popen[bytes]":
-    """The chat page, as a process of its own: it knows the service by its address alone."""
-    environment = {
-        **os.environ,
-        "LLAMA3_ADDRESS": address,
-        "GRADIO_SERVER_NAME": args.host,
-        "GRADIO_SERVER_PORT": str(args.app_port),
-    }
-    if args.settings.api_keys:
-        environment["LLAMA3_API_KEY"] = args.settings.api_keys[0]
-    # Not of the terminal's group: Ctrl-C must not end the page before the streams that it shows.
-    return subprocess.Popen([sys.executable, str(PAGE)], env=environment, start_new_session=True)
+def _asks_a_proxy(address: str) -> bool:
+    """Whether curl would send a request for this address to a proxy, which cannot reach it."""
+    return bool(getproxies().keys() & {"http", "all"}) and not proxy_bypass(
+        urlsplit(address).netloc
+    )
 
 
 def _reachable(host: str) -> str:

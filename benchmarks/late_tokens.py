@@ -129,8 +129,11 @@ def machine() -> dict[str, Any]:
     import torch
     import transformers
 
+    from stream_generator.processor import describe
+
     return {
         "processor": processor(),
+        "kind": describe(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

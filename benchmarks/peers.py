@@ -103,9 +103,9 @@ def serve_streamer(port: int) -> None:
 
 def run_in_process(users: int, seconds: float) -> float:
     """Tokens a second of our engine for so many users, each asking again at once."""
-    from llama3_service import limit_spinning
+    from stream_generator.threads import settle_threads
 
-    limit_spinning()  # as the command does
+    settle_threads()  # as the command does
     from serve import SAMPLING, TOKENS, question
 
     from stream_generator.checkpoint import load_checkpoint

@@ -256,7 +256,7 @@ def _generation_config(model: PreTrainedModel, sequence: Sequence) -> Generation
         max_length=None,
         max_time=None if config.max_time is None else math.inf,
         num_beams=1,
-        eos_token_id=sorted(sequence.all_end_ids),
+        eos_token_id=sorted(sequence.all_end_ids) or None,
         return_dict_in_generate=False,
         num_return_sequences=1,
     )

@@ -282,6 +282,10 @@ def _draw_filtered(
         kept &= top >= top[:, :1] + filters.log_min_p
     # Certain is what does not reach the last place of the prefilter, or has none beyond it.
     certain = ~kept[:, -1] if width < vocabulary else torch.ones_like(kept[:, -1])
+    if filters.top_k is not None and filters.top_p is not None:
+        # Top-p takes its share of all that top-k leaves, some of which lies beyond the prefilter.
+        beyond = (filters.top_k > width) & (filters.top_k < vocabulary) & (filters.top_p < 1.0)
+        certain &= ~beyond[:, 0]
     if filters.typical is not None:
         certain &= ~filters.typical[:, 0]
     in_order = ids.argsort(dim=-1)  # the draw goes by the order of the vocabulary

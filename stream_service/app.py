@@ -32,8 +32,13 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def create_app(engine: Engine, settings: Settings | None = None) -> Flask:
-    """The service as a WSGI application, on an engine that has been started."""
+def create_app(
+    engine: Engine, settings: Settings | None = None, *, tokens_per_second: float | None = None
+) -> Flask:
+    """The service as a WSGI application, on an engine that has been started.
+
+    tokens_per_second: of one stream, where that has been measured.
+    """
     settings = settings or Settings()
     app = Flask("stream_service", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body
@@ -41,7 +46,7 @@ def create_app(engine: Engine, settings: Settings | None = None) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.extensions["dispatcher"] = Dispatcher(engine)
     _install_frame(app, Metrics(engine), settings)
-    _add_routes(app, engine)
+    _add_routes(app, engine, tokens_per_second)
     app.register_blueprint(openai_api.create_blueprint(engine.checkpoint))
     return app
 
@@ -111,7 +116,7 @@ def _install_frame(app: Flask, metrics: Metrics, settings: Settings) -> None:
         return Response(metrics.exposition(), content_type="text/plain; version=0.0.4")
 
 
-def _add_routes(app: Flask, engine: Engine) -> None:
+def _add_routes(app: Flask, engine: Engine, tokens_per_second: float | None) -> None:
     checkpoint = engine.checkpoint
 
     @app.get("/")
@@ -125,6 +130,7 @@ def _add_routes(app: Flask, engine: Engine) -> None:
             context_length=checkpoint.context_length,
             max_concurrent=engine.max_running,
             max_queue=engine.max_waiting,
+            tokens_per_second=tokens_per_second and round(tokens_per_second, 1),
             defaults=_defaults(checkpoint),
             bounds=sampling_bounds(),
             forms=list(wire.FORMS),

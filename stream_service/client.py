@@ -4,8 +4,11 @@ import json
 from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import requests
+
+from stream_service.loopback import is_loopback
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 5.0  # to what needs no reply of the model
@@ -121,6 +124,9 @@ class StreamClient:
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._read_timeout = read_timeout
+        # A proxy cannot reach this machine's own loopback addresses.
+        host = urlsplit(self.url).hostname or ""
+        self._proxies = {"no_proxy": "*"} if is_loopback(host) else None
 
     def stream(
         self,
@@ -187,6 +193,7 @@ class StreamClient:
                 json=body,
                 headers=self._headers | (headers or {}),
                 stream=stream,
+                proxies=self._proxies,
                 timeout=(CONNECT_SECONDS, self._read_timeout or read_timeout),
             )
         except requests.ConnectionError as error:

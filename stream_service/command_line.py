@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+from stream_service.loopback import is_loopback
 from stream_service.settings import LOOPBACK_NAMES, MAX_BODY_BYTES, Settings
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -54,6 +55,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=["auto", "none", "int8", "int4"],
         default="auto",
         help="bits of each weight; auto: as the checkpoint has them (%(default)s)",
+    )
+    model.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="threads that compute (the physical cores that the process may use, or what "
+        "OMP_NUM_THREADS says)",
     )
     address = parser.add_argument_group("where it listens")
     add = address.add_argument
@@ -133,7 +141,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.device and args.device_map:
         parser.error("--device and --device-map exclude each other; give one")
-    args.is_loopback = args.host in ("localhost", "::1") or args.host.startswith("127.")
+    args.is_loopback = is_loopback(args.host)
     try:
         args.settings = _settings(args)
     except (OSError, ValueError) as error:

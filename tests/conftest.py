@@ -15,6 +15,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from stream_generator.checkpoint import Checkpoint, load_checkpoint
 from stream_generator.engine import Engine
 from stream_generator.loading.pypi_file import PypiFile, bring
+from stream_service.loopback import bypass_proxies
+
+bypass_proxies()  # the tests' own requests, and those of the programs that they start
 
 LLAMA3_TOKENIZER = PypiFile(
     package="llama-models",
@@ -117,6 +120,16 @@ def running_service(
         engine.close()
         server.stop()
         thread.join()
+
+
+@pytest.fixture
+def proxy_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment as in many companies, but that nothing listens where the proxy should be."""
+    for name in ("HTTP_PROXY", "ALL_PROXY"):
+        for spelling in (name, name.lower()):
+            monkeypatch.setenv(spelling, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

@@ -163,3 +163,13 @@ def test_importing_the_client_loads_neither_flask_nor_torch() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_a_loopback_address_is_never_asked_for_through_a_proxy(
+    serve: ServiceFactory, proxy_that_is_away: None
+) -> None:
+    url = serve(fake_checkpoint(says("abc"))).url
+    for address in (url, url.replace("127.0.0.1", "localhost")):
+        assert "".join(StreamClient(address).stream("hi")) == "abc"
+    with pytest.raises(StreamError, match="cannot be reached"):
+        StreamClient("http://llm.example").about()

@@ -466,6 +466,14 @@ def test_lengths_of_the_checkpoints_generation_config_do_not_cut_a_reply() -> No
     assert outputs[-1].finish_reason is FinishReason.LENGTH
 
 
+def test_a_model_without_any_end_id_runs_to_the_length() -> None:
+    model, tokenizer = tiny_llama(vocab_size=258), byte_tokenizer()
+    tokenizer.eos_token = None
+    outputs = list(stream_generate(model, tokenizer, [5, 6, 7], max_new_tokens=4))
+    assert [output.finish_reason for output in outputs][-1] is FinishReason.LENGTH
+    assert len(outputs) == 4
+
+
 def test_what_cannot_be_served_is_refused_before_anything_is_computed() -> None:
     model = FakeModel(says("x"), context_length=8)
     forwards = counting(model)

@@ -32,6 +32,7 @@ from chat_page.tokens import Alternative
 from stream_service.client import StreamClient
 
 ROOT = Path(__file__).parent.parent
+TIMEOUT = 60
 NOTHING_CHOSEN = ("", None, None, None, None, None, None, None, "")
 
 
@@ -226,6 +227,19 @@ def test_visitors_do_not_wait_for_each_other_and_the_queue_is_bounded() -> None:
     assert all(f.api_visibility == "private" for f in functions), "the service is the API"
 
 
+def page_process(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
+    """`python llama3_app.py`, on a free port if none is given."""
+    return subprocess.Popen(
+        [sys.executable, "llama3_app.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "GRADIO_SERVER_PORT": "0", "PYTHONUNBUFFERED": "1", **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 @contextmanager
 def started(*arguments: str, **environment: str) -> Iterator[str]:
     """`python llama3_app.py` on a free port, and its address."""
@@ -236,23 +250,41 @@ def started(*arguments: str, **environment: str) -> Iterator[str]:
 @contextmanager
 def started_process(*arguments: str, **environment: str) -> Iterator[tuple[str, int]]:
     """The same, with the id of its process."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "llama3_app.py", *arguments],
-        cwd=ROOT,
-        env={**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with process:
+    with page_process(*arguments, **environment) as process:
         try:
-            assert process.stdout is not None
-            line = next(line for line in process.stdout if "http://" in line)
-            yield line[line.index("http://") :].split()[0], process.pid
+            yield address_of(process), process.pid
         finally:
             process.terminate()
+
+
+def address_of(process: "subprocess.Popen[str]") -> str:
+    """What a page says that it listens at."""
+    assert process.stdout is not None
+    line = next(line for line in process.stdout if "http://" in line)
+    return line[line.index("http://") :].split()[0]
+
+
+def test_a_page_whose_port_is_taken_says_so_and_takes_no_other() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with page_process(GRADIO_SERVER_PORT=str(port)) as process:
+            said, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1
+    assert said.startswith(f"the chat page could not start: it cannot listen on 127.0.0.1:{port}")
+    assert "choose another --app-port" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_a_page_ends_with_the_service_that_holds_its_input() -> None:
+    with page_process("--until-stdin-closes") as process:
+        url = address_of(process)
+        assert requests.get(url, timeout=TIMEOUT).ok
+        assert process.stdin is not None
+        process.stdin.close()
+        process.stdin = None
+        said, _ = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0
+    assert "Traceback" not in said
 
 
 def test_a_started_page_keeps_its_secrets_and_serves_no_files() -> None:

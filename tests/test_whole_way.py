@@ -76,8 +76,9 @@ def command() -> Iterator[type[Command]]:
 
 
 def test_service_and_page_come_up_stream_by_curl_and_end_together(
-    demo: Checkpoint, command: type[Command]
+    demo: Checkpoint, command: type[Command], proxy_that_is_away: None
 ) -> None:
+    """Also where the environment names a proxy that cannot be reached."""
     page_port = free_port()
     service = command("-P", "0", "--app", "--app-port", str(page_port))
     address = service.read_until(r"http://[\d.]+:\d+")
@@ -92,13 +93,46 @@ def test_service_and_page_come_up_stream_by_curl_and_end_together(
     assert len(pieces) > 5, "words come one after another"
     assert len(b"".join(pieces).decode().split()) > 5
 
+    about = StreamClient(address).about()
+    assert about["tokens_per_second"] > 0
+    assert f"one stream gets {about['tokens_per_second']:.0f} tokens a second" in service.seen
+
     page = service.read_until(rf"http://[\d.]+:{page_port}")
-    assert requests.get(page, timeout=TIMEOUT).ok
+    direct = requests.Session()
+    direct.trust_env = False  # past the proxy
+    assert demo.name in shown_when_opened(page, direct)
     assert service.end(signal.SIGINT) == 0
     assert "Traceback" not in service.seen
     for url in (address, page):
         with pytest.raises(requests.ConnectionError):
-            requests.get(url, timeout=TIMEOUT)
+            direct.get(url, timeout=TIMEOUT)
+
+
+def shown_when_opened(page: str, session: requests.Session) -> str:
+    """What the page sends to a browser that opens it."""
+    opening = next(
+        function["id"]
+        for function in session.get(f"{page}/config", timeout=TIMEOUT).json()["dependencies"]
+        if [event for _, event in function["targets"]] == ["load"]
+    )
+    body = {"data": [None, None], "fn_index": opening, "session_hash": "visitor"}
+    session.post(f"{page}/gradio_api/queue/join", json=body, timeout=TIMEOUT).raise_for_status()
+    shown = session.get(
+        f"{page}/gradio_api/queue/data", params={"session_hash": "visitor"}, timeout=TIMEOUT
+    ).text
+    assert "process_completed" in shown
+    return shown
+
+
+def test_a_page_ends_when_its_service_was_killed(demo: Checkpoint, command: type[Command]) -> None:
+    page_port = free_port()
+    service = command("-P", "0", "--app", "--app-port", str(page_port))
+    page = service.read_until(rf"http://[\d.]+:{page_port}")
+    assert requests.get(page, timeout=TIMEOUT).ok
+    service.process.kill()
+    service.process.communicate(timeout=TIMEOUT)  # until the page, too, has closed its output
+    with pytest.raises(requests.ConnectionError):
+        requests.get(page, timeout=TIMEOUT)
 
 
 def begun_stream(address: str, tokens: int) -> Iterator[bytes]:
@@ -194,19 +228,8 @@ def test_a_key_is_asked_for_and_the_page_has_it(
     client = StreamClient(address, api_key="second-key")
     assert client.chat(RAINBOW, max_new_tokens=3)["usage"]["completion_tokens"] == 3
     page = service.read_until(rf"http://[\d.]+:{page_port}")
-    # As a browser opens the page: with the key, it hears which model there is.
-    opening = next(
-        function["id"]
-        for function in requests.get(f"{page}/config", timeout=TIMEOUT).json()["dependencies"]
-        if [event for _, event in function["targets"]] == ["load"]
-    )
-    body = {"data": [None, None], "fn_index": opening, "session_hash": "visitor"}
-    requests.post(f"{page}/gradio_api/queue/join", json=body, timeout=TIMEOUT).raise_for_status()
-    shown = requests.get(
-        f"{page}/gradio_api/queue/data", params={"session_hash": "visitor"}, timeout=TIMEOUT
-    ).text
-    assert "process_completed" in shown
-    assert demo.name in shown
+    # With the key, it hears which model there is.
+    assert demo.name in shown_when_opened(page, requests.Session())
     assert service.end(signal.SIGTERM) == 0
     assert "first-key" not in service.seen
 
@@ -217,6 +240,9 @@ def test_mistakes_on_the_command_line_are_one_clear_sentence(command: type[Comma
         service = command("-P", str(port))
         service.read_until(rf"cannot listen on 127.0.0.1:{port}: .*choose another --port")
         assert service.process.wait(TIMEOUT) == 1
+        page = command("-P", "0", "--app", "--app-port", str(port))
+        page.read_until(rf"cannot listen on 127.0.0.1:{port}: .*choose another --app-port")
+        assert page.process.wait(TIMEOUT) == 1
     service = command("-P", "0", "-c", "/no/such/model")
     service.read_until("/no/such/model does not exist")
     assert service.process.wait(TIMEOUT) == 1

@@ -1,0 +1,43 @@
+"""Where the page listens, and how long it lives."""
+
+import _thread
+import os
+import socket
+import sys
+import threading
+
+HOST = "127.0.0.1"
+PORT = 7860
+
+
+def server_address() -> tuple[str, int]:
+    """The host and port to listen on, from Gradio's own variables. Raises `OSError` if in use.
+
+    Port 0 takes any free one. Gradio itself would silently take the next port, where the browser
+    finds none of the visitor's conversations.
+    """
+    host = os.environ.get("GRADIO_SERVER_NAME", HOST)
+    port = int(os.environ.get("GRADIO_SERVER_PORT", PORT))
+    plain = host.strip("[]")
+    try:
+        family = socket.AF_INET6 if ":" in plain else socket.AF_INET
+        with socket.create_server((plain, port), family=family) as free:
+            return host, int(free.getsockname()[1])
+    except OSError as error:
+        raise OSError(
+            f"it cannot listen on {host}:{port}: {error.strerror}; choose another --app-port "
+            "(GRADIO_SERVER_PORT), or end what is using it"
+        ) from error
+
+
+def end_when_stdin_closes() -> None:
+    """Interrupt the main thread when standard input ends: the service, which holds it, is gone."""
+
+    def wait() -> None:
+        # Not by sys.stdin, whose lock would be held when the interpreter ends.
+        while os.read(stdin, 1024):
+            continue
+        _thread.interrupt_main()
+
+    stdin = sys.stdin.fileno()
+    threading.Thread(target=wait, name="stdin", daemon=True).start()

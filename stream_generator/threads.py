@@ -1,0 +1,87 @@
+"""How many threads compute, and how they wait. It must be settled before torch is imported."""
+
+import os
+from pathlib import Path
+
+import psutil
+
+SYSTEM = Path("/")  # where Linux describes processors and limits
+
+
+def settle_threads(threads: int | None = None) -> int:
+    """Set how many threads torch computes on, and how they wait for each other; return how many.
+
+    threads: by default what OMP_NUM_THREADS says, or else `usable_cores`.
+
+    Torch and its libraries read the environment when they are imported, so call this first. The
+    threads wait less busily than GNU OpenMP's default, unless the environment says how: with that
+    default one busy neighbour slows each token twentyfold (docs/performance.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    if threads is None:
+        threads = int(wanted) if wanted.isdecimal() and int(wanted) > 0 else usable_cores()
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    return threads
+
+
+def usable_cores(system: Path = SYSTEM) -> int:
+    """Count the physical cores that this process may use, by affinity and control group; >= 1.
+
+    Two hyperthreads of a core count once: they share its arithmetic units. Half a core of a limit
+    does not count: a thread that is stopped in the middle holds up all the others.
+    """
+    process = psutil.Process()
+    if hasattr(process, "cpu_affinity"):  # Linux, Windows
+        cores = len({_core(system, number) for number in process.cpu_affinity()})
+        cores = min(cores, psutil.cpu_count(logical=False) or cores)
+    else:
+        cores = psutil.cpu_count(logical=False) or 1
+    return max(1, int(min([cores, *_quotas(system)])))
+
+
+def _core(system: Path, processor: int) -> str:
+    """The core of a processor, named by the processors that share it."""
+    topology = system / f"sys/devices/system/cpu/cpu{processor}/topology"
+    try:
+        return (topology / "thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(processor)
+
+
+def _quotas(system: Path) -> list[float]:
+    """The limits, in processors, of the control groups that hold this process.
+
+    Source: Linux, Documentation/admin-guide/cgroup-v2.rst (cpu.max), and
+    Documentation/scheduler/sched-bwc.rst for version 1.
+    """
+    try:
+        groups = (system / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found: list[float] = []
+    for group in groups:
+        _, controllers, path = group.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        top = system / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        inner = top / path.strip("/")
+        # In a container the path may be the host's; its own group is then at the top.
+        for directory in (inner, *inner.parents):
+            if directory.is_relative_to(top):
+                found += _quota(directory)
+    return found
+
+
+def _quota(directory: Path) -> list[float]:
+    """The limit of one control group, or none."""
+    try:
+        if (directory / "cpu.max").exists():
+            quota, period = (directory / "cpu.max").read_text().split()
+        else:
+            quota = (directory / "cpu.cfs_quota_us").read_text().strip()
+            period = (directory / "cpu.cfs_period_us").read_text()
+    except (OSError, ValueError):
+        return []
+    return [] if quota in ("max", "-1") else [int(quota) / int(period)]

@@ -153,7 +153,7 @@ def begun_stream(address: str, tokens: int) -> Iterator[bytes]:
 def test_a_signal_lets_open_streams_finish_and_takes_nothing_new(
     demo: Checkpoint, command: type[Command]
 ) -> None:
-    service = command("-P", "0")
+    service = command("-P", "0", "--drain", "600")  # as long as this machine needs
     address = service.read_until(r"http://[\d.]+:\d+")
     lines = begun_stream(address, 150)
     service.process.send_signal(signal.SIGTERM)

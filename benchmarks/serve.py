@@ -97,9 +97,9 @@ class Request:
 class Service:
     """One system under test, started for the block and ended with it."""
 
-    def __init__(self, system: str, *options: str):
-        """options: of our own command."""
-        self.system, self._options = system, options
+    def __init__(self, system: str, *options: str, root: Path = ROOT):
+        """options: of our own command. root: the checkout whose command it is."""
+        self.system, self._options, self._root = system, options, root
         self.url = f"http://127.0.0.1:{PORT}"
         from stream_generator.loading.demo_model import demo_model_directory
 
@@ -108,7 +108,7 @@ class Service:
     def __enter__(self) -> "Service":
         peers = {"llama.cpp": "llama.cpp", "TextIteratorStreamer": "streamer"}
         if self.system == "ours":
-            command = [sys.executable, str(ROOT / "llama3_service.py"), "-P", str(PORT)]
+            command = [sys.executable, str(self._root / "llama3_service.py"), "-P", str(PORT)]
             command += ["--max-queue", "128", *self._options]
         elif self.system in peers:
             command = [sys.executable, str(ROOT / "benchmarks" / "peers.py"), peers[self.system]]

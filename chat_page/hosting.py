@@ -2,6 +2,7 @@
 
 import _thread
 import os
+import signal
 import socket
 import sys
 import threading
@@ -31,13 +32,17 @@ def server_address() -> tuple[str, int]:
 
 
 def end_when_stdin_closes() -> None:
-    """Interrupt the main thread when standard input ends: the service, which holds it, is gone."""
+    """Raise SIGTERM in the main thread when standard input ends.
+
+    The service holds the other end, and is gone then, even if it was killed.
+    """
 
     def wait() -> None:
         # Not by sys.stdin, whose lock would be held when the interpreter ends.
         while os.read(stdin, 1024):
             continue
-        _thread.interrupt_main()
+        # SIGINT is ignored by programs that a shell started in the background.
+        _thread.interrupt_main(signal.SIGTERM)
 
     stdin = sys.stdin.fileno()
     threading.Thread(target=wait, name="stdin", daemon=True).start()

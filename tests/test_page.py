@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -276,13 +277,22 @@ def test_a_page_whose_port_is_taken_says_so_and_takes_no_other() -> None:
 
 
 def test_a_page_ends_with_the_service_that_holds_its_input() -> None:
-    with page_process("--until-stdin-closes") as process:
+    """Also where SIGINT is ignored, as a shell has it for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        started = page_process("--until-stdin-closes")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with started as process:
         url = address_of(process)
         assert requests.get(url, timeout=TIMEOUT).ok
         assert process.stdin is not None
         process.stdin.close()
         process.stdin = None
-        said, _ = process.communicate(timeout=TIMEOUT)
+        try:
+            said, _ = process.communicate(timeout=TIMEOUT)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert "Traceback" not in said
 

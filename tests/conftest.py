@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
+from stream_generator.threads import settle_threads
+
+settle_threads()  # as the command does: beside a service that computes, busy waiting costs both
+
 import torch
 from fakes import engine_of
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast

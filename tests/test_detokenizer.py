@@ -1,6 +1,7 @@
 """Deltas joined equal the tokenizer's decode of all ids, at a cost that stays linear."""
 
 import random
+from functools import cache
 from typing import Any
 
 import pytest
@@ -70,6 +71,7 @@ def test_joined_deltas_equal_the_decode_of_random_bytes(real_tokenizer: Any, dat
     assert "".join(stream(real_tokenizer, ids)) == whole(real_tokenizer, ids)
 
 
+@cache  # a vocabulary takes a moment to read
 def single_byte_ids(tokenizer: Any) -> dict[int, int]:
     """The id of each byte that has one to itself."""
     from fakes import _byte_alphabet

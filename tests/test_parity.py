@@ -338,6 +338,8 @@ def test_eight_chats_of_ten_turns_at_once_are_each_as_if_alone(demo: Checkpoint)
             again = [cold.submit(prompt, params).sequence for prompt in prompts]
             while cold.step():
                 pass
-            for one in (*sequences, *again):
+            for one, other in zip(sequences, again, strict=True):
                 equal.append(assert_same(reference, one))
+                if other.output_ids != one.output_ids:
+                    equal.append(assert_same(reference, other))
     assert sum(equal) > 0.9 * len(equal)

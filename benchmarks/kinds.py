@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--name", default="kinds")
     args = parser.parse_args()
-    args.pause, args.long_prompt = 0.0, 0
+    args.pause, args.long_prompt = 0.0, 0  # as `Load` reads them
     variants: dict[str, tuple[Path, str]] = {q: (ROOT, q) for q in args.quantize}
     if args.before:
         variants["before, auto"] = (args.before, "auto")
@@ -45,7 +45,9 @@ def main() -> None:
     for number in range(args.rounds):
         for kind in args.kinds:
             os.environ.update(LIMITS[kind])
-            for variant, (checkout, quantize) in variants.items():
+            in_turn = [*variants.items()]
+            in_turn = in_turn[number % len(in_turn) :] + in_turn[: number % len(in_turn)]
+            for variant, (checkout, quantize) in in_turn:
                 with Service("ours", "--quantize", quantize, root=checkout) as service:
                     service.ask(Request("Hello.", 4))
                     for users in args.users:

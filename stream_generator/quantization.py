@@ -138,7 +138,7 @@ class PackedLinear(PlainLinear):
             zeros = torch.cat((torch.zeros_like(zeros), zeros + MIDDLE * scales), dim=1)
             scales = torch.cat((16 * scales, scales), dim=1)
         self.scales_and_zeros = torch.stack((scales.T, zeros.T), dim=2).to(dtype).contiguous()
-        self.bias = bias
+        self.bias, self._dtype = bias, dtype
         raw = values + MIDDLE  # 0 to 15
         if raw.device.type == "cpu":
             self._product = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -151,11 +151,14 @@ class PackedLinear(PlainLinear):
             self.weight = torch.ops.aten._convert_weight_to_int4pack(pairs, 2)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        inputs = x.to(self.scales_and_zeros.dtype)
+        # Each operation counts here, also one that would return what it was given.
+        is_cast = x.dtype is not self._dtype
+        inputs = x.to(self._dtype) if is_cast else x
         if self.twice:
             inputs = torch.cat((inputs, inputs), dim=1)
-        product = self._product(inputs, self.weight, GROUP, self.scales_and_zeros)
-        y: torch.Tensor = product.to(x.dtype)
+        y: torch.Tensor = self._product(inputs, self.weight, GROUP, self.scales_and_zeros)
+        if is_cast:
+            y = y.to(x.dtype)
         return y if self.bias is None else y.add_(self.bias)
 
 

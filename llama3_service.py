@@ -83,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     print(f"{checkpoint.describe()}\n{runner.describe()}", flush=True)
     measured = f": one stream gets {speed:.0f} tokens a second" if speed else ""
-    print(f"{threads} threads on a processor with {processor.describe()}{measured}", flush=True)
+    on = f"{threads} thread{'s' * (threads > 1)} on a processor with {processor.describe()}"
+    print(f"{on}{measured}", flush=True)
     engine = Engine(
         checkpoint, max_waiting=args.max_queue, max_seconds=args.max_time, runner=runner
     )

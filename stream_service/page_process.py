@@ -10,8 +10,6 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-FAILED_TO_START = 1  # the page's exit status
-
 
 class PageProcess:
     """Runs the page beside the service, and ends it with the service.
@@ -54,7 +52,11 @@ class PageProcess:
             status = process.wait()
         if self._ending:
             return
-        if status == FAILED_TO_START:
+        if status > 0:  # once it is up, only a signal ends it
+            logger.error(
+                "the chat page could not start, so the service ends; leave out --app to serve "
+                "without a page"
+            )
             self.failed = True
             self._when_failed()
         else:

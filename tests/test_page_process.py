@@ -17,11 +17,15 @@ def script(directory: Path, source: str) -> Path:
     return path
 
 
-def test_a_page_that_fails_to_start_is_reported_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("failure", ["sys.exit('no port')", "sys.exit(2)", "import no_such_page"])
+def test_a_page_that_fails_to_start_is_reported_at_once(
+    failure: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     reported = threading.Event()
-    page = PageProcess(script(tmp_path, "sys.exit('no port')"), {}, reported.set)
+    page = PageProcess(script(tmp_path, failure), {}, reported.set)
     assert reported.wait(TIMEOUT)
     assert page.failed
+    assert "could not start, so the service ends" in caplog.text
     page.end()
 
 

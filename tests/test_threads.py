@@ -1,12 +1,16 @@
 """How many threads compute: what the process may use, and what is asked for."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from stream_generator.threads import settle_threads, usable_cores
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -97,6 +101,20 @@ def test_the_flag_comes_first_then_the_environment_then_the_cores(
     assert settle_threads() == 3
     assert settle_threads(5) == 5
     assert os.environ["OMP_NUM_THREADS"] == "5"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torch_computes_on_as_many_threads(threads: int) -> None:
+    program = (
+        "from stream_generator.threads import settle_threads\n"
+        f"settle_threads({threads})\n"
+        "import torch\n"
+        "print(torch.get_num_threads())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert int(done.stdout) == threads
 
 
 def test_how_threads_wait_is_left_to_an_environment_that_says_so(

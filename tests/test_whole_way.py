@@ -124,6 +124,16 @@ def shown_when_opened(page: str, session: requests.Session) -> str:
     return shown
 
 
+def test_a_page_that_cannot_start_ends_the_command_with_1(
+    demo: Checkpoint, command: type[Command], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMA3_APP_AUTH", "a name alone")
+    service = command("-P", "0", "--app", "--app-port", "0")
+    service.read_until("--auth wants NAME:PASSWORD")
+    service.read_until("the chat page could not start, so the service ends")
+    assert service.process.wait(TIMEOUT) == 1
+
+
 def test_a_page_ends_when_its_service_was_killed(demo: Checkpoint, command: type[Command]) -> None:
     page_port = free_port()
     service = command("-P", "0", "--app", "--app-port", str(page_port))

@@ -3,8 +3,8 @@
     python benchmarks/page.py            (wants requirements-dev.txt and a Chromium)
 
 A stand-in for the service sends a reply of Markdown at an even pace, so that what is measured is
-the page. Printed for each thousand tokens: pieces that the browser received and their bytes,
-seconds of CPU of the page's process and of the browser's main thread.
+the page. Printed: the machine, and for each thousand tokens the pieces that the browser received
+and their bytes, seconds of CPU of the page's process and of the browser's main thread.
 """
 
 import argparse
@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from browser import Process, free_port, started_chromium, visit  # noqa: E402
+from late_tokens import machine  # noqa: E402
 
 PARAGRAPH = (
     "The **sea** is `blue`, and $x^2$ is a formula; it goes on for a while, as texts do. "
@@ -96,6 +97,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4000)
     parser.add_argument("--rate", type=float, default=100.0, help="tokens a second")
     args = parser.parse_args()
+    print(json.dumps(machine()))
     with stand_in(args.tokens, args.rate) as service, started_chromium() as chromium:
         port = free_port()
         environment = {"LLAMA3_ADDRESS": service, "GRADIO_SERVER_PORT": str(port)}

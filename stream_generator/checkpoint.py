@@ -171,7 +171,7 @@ def load_checkpoint(
         _refuse_unusable(device)
     elif device_map is None and torch.cuda.is_available():
         device_map = "auto"
-    on_cpu = device_map is None and torch.device(device or "cpu").type == "cpu"
+    on_cpu = not torch.cuda.is_available() or device == "cpu"
     try:
         found = locate(source, allow_pickle=allow_pickle)
         directory = found.directory

@@ -53,6 +53,11 @@ def test_parts_may_be_told_where_to_go(saved: Path) -> None:
     assert ids[0]
 
 
+def test_where_the_parts_go_does_not_change_what_is_computed_in(saved: Path) -> None:
+    told = load_checkpoint(str(saved), device_map={"": "cpu"})
+    assert told.model.dtype is load_checkpoint(str(saved)).model.dtype
+
+
 def test_a_device_of_another_machine_is_a_clear_error(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="--device meteor cannot be used here"):
         load_checkpoint(str(saved), device="meteor")

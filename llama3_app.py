@@ -18,7 +18,11 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+# Both are read when gradio is imported. It looks for a free port at the second one by IPv4 alone.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+HOST = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
+if ":" in HOST:
+    del os.environ["GRADIO_SERVER_NAME"]
 
 import gradio as gr
 from pydantic import ValidationError
@@ -422,7 +426,7 @@ def main() -> None:
 
 def serve(auth: tuple[str, str] | None, *, share: bool) -> None:
     """Serve the page until it is interrupted. Raises `OSError` if its port is in use."""
-    host, port = server_address()
+    host, port = server_address(HOST)
     bypass_proxies(host)  # Gradio asks its own address whether it can be reached
     demo.launch(
         server_name=host,

@@ -16,6 +16,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from stream_generator.threads import settle_threads
 from stream_service.command_line import parse_arguments
+from stream_service.loopback import is_loopback_url
 
 if TYPE_CHECKING:
     from stream_generator.checkpoint import Checkpoint
@@ -82,9 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("ended while loading", file=sys.stderr)
         return 1
     print(f"{checkpoint.describe()}\n{runner.describe()}", flush=True)
-    measured = f": one stream gets {speed:.0f} tokens a second" if speed else ""
-    on = f"{threads} thread{'s' * (threads > 1)} on a processor with {processor.describe()}"
-    print(f"{on}{measured}", flush=True)
+    print(_speed_line(checkpoint, threads, processor.describe(), speed), flush=True)
     engine = Engine(
         checkpoint, max_waiting=args.max_queue, max_seconds=args.max_time, runner=runner
     )
@@ -125,6 +124,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if engine.failed or (page is not None and page.failed) else 0
 
 
+def _speed_line(checkpoint: "Checkpoint", threads: int, processor: str, speed: float | None) -> str:
+    device = checkpoint.model.device
+    where = f"{threads} thread{'s' * (threads > 1)} on a processor with {processor}"
+    if device.type != "cpu":
+        where = str(device)
+    if speed is None:
+        return where
+    return f"{where}: one stream gets {speed:.{0 if speed >= 10 else 1}f} tokens a second"
+
+
 def start_log(as_json: bool) -> None:
     """One line to stderr for each request, and what else there is to say."""
     handler = logging.StreamHandler()
@@ -153,7 +162,7 @@ def _welcome(args: argparse.Namespace, checkpoint: "Checkpoint", address: str) -
     options = "-H 'Content-Type: application/json'"
     if keys:
         options = f"-H 'Authorization: Bearer YOUR_KEY' {options}"
-    if args.is_loopback and _asks_a_proxy(address):
+    if _asks_a_proxy(address):
         options = f"--noproxy '*' {options}"
     return (
         f"{checkpoint.name} is ready at {address} (for OpenAI's clients: {address}/v1; the "
@@ -164,10 +173,9 @@ def _welcome(args: argparse.Namespace, checkpoint: "Checkpoint", address: str) -
 
 
 def _asks_a_proxy(address: str) -> bool:
-    """Whether curl would send a request for this address to a proxy, which cannot reach it."""
-    return bool(getproxies().keys() & {"http", "all"}) and not proxy_bypass(
-        urlsplit(address).netloc
-    )
+    """Whether a client would ask a proxy for this address of this machine, in vain."""
+    has_proxy = bool(getproxies().keys() & {"http", "all"})
+    return is_loopback_url(address) and has_proxy and not proxy_bypass(urlsplit(address).netloc)
 
 
 def _reachable(host: str) -> str:

@@ -7,19 +7,18 @@ import socket
 import sys
 import threading
 
-HOST = "127.0.0.1"
 PORT = 7860
 
 
-def server_address() -> tuple[str, int]:
-    """The host and port to listen on, from Gradio's own variables. Raises `OSError` if in use.
+def server_address(host: str) -> tuple[str, int]:
+    """The host, as it stands in a URL, and the port to listen on. Raises `OSError` if in use.
 
-    Port 0 takes any free one. Gradio itself would silently take the next port, where the browser
-    finds none of the visitor's conversations.
+    The port is Gradio's own variable; 0 takes any free one. Gradio itself would silently take the
+    next port, where the browser finds none of the visitor's conversations.
     """
-    host = os.environ.get("GRADIO_SERVER_NAME", HOST)
     port = int(os.environ.get("GRADIO_SERVER_PORT", PORT))
     plain = host.strip("[]")
+    host = f"[{plain}]" if ":" in plain else plain
     try:
         family = socket.AF_INET6 if ":" in plain else socket.AF_INET
         with socket.create_server((plain, port), family=family) as free:
@@ -27,7 +26,7 @@ def server_address() -> tuple[str, int]:
     except OSError as error:
         raise OSError(
             f"it cannot listen on {host}:{port}: {error.strerror}; choose another --app-port "
-            "(GRADIO_SERVER_PORT), or end what is using it"
+            "(GRADIO_SERVER_PORT) or --host (GRADIO_SERVER_NAME), or end what is using the port"
         ) from error
 
 

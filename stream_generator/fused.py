@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 # the layer adds to its input: a few roundings, far below what a wrong formula makes.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 
+PRODUCTS = ("qkv", "output", "gate_up", "down")  # of `FusedLayer`, by the names of its attributes
+
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -224,6 +226,8 @@ class FusedDecoder:
         self._kinds = kinds or [""] * len(self._layers)
         self._embed = base.embed_tokens.weight.detach()
         self._norm, self._head = RMSNorm(base.norm), model.get_output_embeddings().linear
+        products = [getattr(layer, name) for layer in self._layers for name in PRODUCTS]
+        self._tolerance = max(TOLERANCE.get(p.dtype, 0.0) for p in (*products, self._head))
         positions = torch.arange(context_length, device=model.device)[None]
         self._rotation = Rotation.of(
             *base.rotary_emb(self._embed[:1, None], position_ids=positions)
@@ -255,7 +259,7 @@ class FusedDecoder:
         positions = torch.arange(ids.shape[1], device=model.device)[None]
         ours = self(ids, positions, None, None).float()
         expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
-        _require_same(ours, expected, self._embed.dtype, "what surrounds its layers")
+        _require_same(ours, expected, self._tolerance, "what surrounds its layers")
 
 
 def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
@@ -306,14 +310,12 @@ def _check(fused: FusedLayer, layer: Any, rotary: Any) -> None:
         "position_embeddings": rotary(states, position_ids=positions),
     }
     ours, expected = (m(states, **arguments).float() - states.float() for m in (fused, layer))
-    _require_same(ours, expected, weight.dtype, "the layer")
+    _require_same(ours, expected, TOLERANCE.get(weight.dtype, 0.0), "the layer")
 
 
-def _require_same(
-    ours: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, what: str
-) -> None:
+def _require_same(ours: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:
     difference = float((ours - expected).std() / expected.std())
-    if not difference <= TOLERANCE.get(dtype, 0.0):
+    if not difference <= tolerance:
         raise NotFusible(f"{what} computes something else, by {difference:.1e} of its spread")
 
 

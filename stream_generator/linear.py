@@ -18,7 +18,12 @@ ROWS_HINT = 64
 
 
 class Linear(Protocol):
-    """x: [rows, in], contiguous; other: [rows, out]; all return [rows, out]."""
+    """x: [rows, in], contiguous; other: [rows, out]; all return [rows, out].
+
+    dtype: what its inputs are rounded to, whatever theirs is.
+    """
+
+    dtype: torch.dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x W + b"""
@@ -32,6 +37,8 @@ class Linear(Protocol):
 
 class PlainLinear:
     """A product, and then in an operation of its own what follows it."""
+
+    dtype: torch.dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -48,7 +55,7 @@ class DenseLinear(PlainLinear):
     """A weight as the checkpoint has it, [out, in]: for a GPU, or where oneDNN refuses it."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
-        self._weight, self._bias = weight, bias
+        self._weight, self._bias, self.dtype = weight, bias, weight.dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self._weight, self._bias)
@@ -62,7 +69,7 @@ class ReorderedLinear(PlainLinear):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
-        self._bias = bias
+        self._bias, self.dtype = bias, weight.dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(

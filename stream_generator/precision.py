@@ -23,6 +23,27 @@ class Precision:
     quantize: str
 
 
+@dataclass(frozen=True)
+class Room:
+    """The memory for dense weights. numbers: how many they are. free: bytes of memory."""
+
+    numbers: int
+    free: int
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Whether weights of this dtype fit, with room for all that is not weights."""
+        return self.numbers * dtype.itemsize <= self.free * DENSE_FITS
+
+    def describe(self, dtype: torch.dtype) -> str:
+        """The sizes, for a log."""
+        size = self.numbers * dtype.itemsize
+        return (
+            f"dense weights in {str(dtype).removeprefix('torch.')} take {size / 1e9:.1f} GB, and "
+            f"may take {self.free * DENSE_FITS / 1e9:.1f} of the {self.free / 1e9:.1f} GB that are "
+            "free"
+        )
+
+
 def choose_precision(
     dtype: str, quantize: str, *, numbers: int, is_packed: bool, on_cpu: bool, free: int
 ) -> Precision:
@@ -31,31 +52,32 @@ def choose_precision(
     dtype, quantize: as `load_checkpoint` takes them. numbers: how many the weights are. is_packed:
     whether the checkpoint has packed weights. free: bytes of memory.
     """
+    room = Room(numbers, free)
     wanted = preferred_dtype(on_cpu=on_cpu) if dtype == "auto" else getattr(torch, dtype)
-    needed = numbers * wanted.itemsize
-    dense_fits = needed <= free * DENSE_FITS
-    sizes = f"the dense model takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-    if dtype == "auto" and wanted is torch.float32 and not dense_fits:
-        logger.warning("loading in bfloat16, which is slow on this processor: in float32 %s", sizes)
+    if on_cpu and dtype == "auto" and wanted is torch.float32 and not room.holds(wanted):
+        logger.warning(
+            "loading in bfloat16, which is slow on this processor: %s", room.describe(wanted)
+        )
         wanted = torch.bfloat16
     will_pack = quantize in ("int8", "int4") or (quantize == "auto" and is_packed)
     if not will_pack or not on_cpu or processor.has_packed_kernels():
         return Precision(wanted, quantize)
-    if quantize == "auto" and dense_fits:
+    if quantize == "auto" and room.holds(wanted):
         logger.info(
-            "--quantize auto means none here: this processor (%s) is slow at packed weights; %s",
+            "--quantize auto means none here: this processor has %s and is slow at packed weights; "
+            "%s",
             processor.describe(),
-            sizes,
+            room.describe(wanted),
         )
         return Precision(wanted, "none")
-    packed, dense = product_milliseconds()
+    packed, dense = product_milliseconds(wanted)
     logger.warning(
-        "replies will be slow: on this processor (%s) a product takes %.2f ms with packed weights "
-        "and %.2f ms with dense ones; %s",
+        "replies will be slow: this processor has %s, so that a product takes %.2f ms with packed "
+        "weights and %.2f ms with dense ones; %s",
         processor.describe(),
         packed,
         dense,
-        "give --quantize none" if dense_fits else sizes,
+        "give --quantize none" if room.holds(wanted) else room.describe(wanted),
     )
     return Precision(wanted, quantize)
 

@@ -26,4 +26,6 @@ def has_fast_bfloat16() -> bool:
 
 def describe() -> str:
     """The kind of processor, for a log and for benchmarks: "AVX2", "AVX512, fast bfloat16"."""
-    return capability() + (", fast bfloat16" if has_fast_bfloat16() else "")
+    kind = capability()
+    name = "neither AVX2 nor AVX512" if kind == "DEFAULT" else kind
+    return name + (", fast bfloat16" if has_fast_bfloat16() else "")

@@ -138,7 +138,7 @@ class PackedLinear(PlainLinear):
             zeros = torch.cat((torch.zeros_like(zeros), zeros + MIDDLE * scales), dim=1)
             scales = torch.cat((16 * scales, scales), dim=1)
         self.scales_and_zeros = torch.stack((scales.T, zeros.T), dim=2).to(dtype).contiguous()
-        self.bias, self._dtype = bias, dtype
+        self.bias, self.dtype = bias, dtype
         raw = values + MIDDLE  # 0 to 15
         if raw.device.type == "cpu":
             self._product = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -152,8 +152,8 @@ class PackedLinear(PlainLinear):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         # Each operation counts here, also one that would return what it was given.
-        is_cast = x.dtype is not self._dtype
-        inputs = x.to(self._dtype) if is_cast else x
+        is_cast = x.dtype is not self.dtype
+        inputs = x.to(self.dtype) if is_cast else x
         if self.twice:
             inputs = torch.cat((inputs, inputs), dim=1)
         y: torch.Tensor = self._product(inputs, self.weight, GROUP, self.scales_and_zeros)
@@ -170,7 +170,7 @@ class UnpackedLinear(PlainLinear):
 
     def __init__(self, packed: PackedLinear, block: int):
         """packed: on a CPU. block: as `packed_block` tells; the outputs are a multiple of it."""
-        self._packed, self._block = packed, block
+        self._packed, self._block, self.dtype = packed, block, packed.dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         packed = self._packed
@@ -222,12 +222,15 @@ def packed_block() -> int:
     return next(readable, 0)
 
 
-def product_milliseconds() -> tuple[float, float]:
-    """What a product of one row with 1,024 by 1,024 weights takes here: packed, and dense."""
+def product_milliseconds(dtype: torch.dtype) -> tuple[float, float]:
+    """Time a product of one row with 1,024 by 1,024 weights on the CPU: packed, and dense.
+
+    dtype: of the row, and of the dense weights.
+    """
     size = 1024
     values = torch.randint(-8, 8, (size, size), dtype=torch.int8)
     packed = PackedWeight(4, values, torch.ones(size, size // GROUP, dtype=torch.bfloat16))
-    x = torch.randn(1, size)
+    x = torch.randn(1, size, dtype=dtype)
 
     def of(product: Linear) -> float:
         times = []
@@ -237,14 +240,14 @@ def product_milliseconds() -> tuple[float, float]:
             times.append(time.perf_counter() - began)
         return 1000 * statistics.median(times)
 
-    return of(PackedLinear(packed)), of(laid_out(torch.randn(size, size)))
+    return of(PackedLinear(packed)), of(laid_out(torch.randn(size, size, dtype=dtype)))
 
 
 class ByRows:
     """The same product twice: packed for few rows, dense for many."""
 
     def __init__(self, few: Linear, many: Linear, few_rows: int):
-        self._few, self._many, self._few_rows = few, many, few_rows
+        self._few, self._many, self._few_rows, self.dtype = few, many, few_rows, few.dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._for(x)(x)

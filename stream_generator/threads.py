@@ -19,7 +19,8 @@ def settle_threads(threads: int | None = None) -> int:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    # OpenMP takes a list, for teams within teams; torch has one level.
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if threads is None:
         threads = int(wanted) if wanted.isdecimal() and int(wanted) > 0 else usable_cores()
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -65,7 +66,10 @@ def _quotas(system: Path) -> list[float]:
         _, controllers, path = group.split(":", 2)
         if controllers and "cpu" not in controllers.split(","):
             continue
-        top = system / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        mounts = system / "sys/fs/cgroup"
+        # Version 1: "cpu" is mostly a link to "cpu,cpuacct", but not everywhere.
+        tops = [mounts / "cpu", mounts / controllers] if controllers else [mounts]
+        top = next((t for t in tops if t.is_dir()), mounts)
         inner = top / path.strip("/")
         # In a container the path may be the host's; its own group is then at the top.
         for directory in (inner, *inner.parents):

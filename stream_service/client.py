@@ -4,11 +4,10 @@ import json
 from collections.abc import Generator, Iterator
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
 
 import requests
 
-from stream_service.loopback import is_loopback
+from stream_service.loopback import is_loopback_url
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 5.0  # to what needs no reply of the model
@@ -124,9 +123,10 @@ class StreamClient:
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._read_timeout = read_timeout
-        # A proxy cannot reach this machine's own loopback addresses.
-        host = urlsplit(self.url).hostname or ""
-        self._proxies = {"no_proxy": "*"} if is_loopback(host) else None
+        # A proxy cannot reach this machine's own loopback addresses. `requests` drops the proxies
+        # of the environment that are None here.
+        none: dict[str, Any] = dict.fromkeys(("http", "https", "all"))
+        self._proxies = none if is_loopback_url(self.url) else None
 
     def stream(
         self,

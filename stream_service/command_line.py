@@ -54,7 +54,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--quantize",
         choices=["auto", "none", "int8", "int4"],
         default="auto",
-        help="bits of each weight; auto: as the checkpoint has them (%(default)s)",
+        help="bits of each weight; auto: as the checkpoint has them, or none where the processor "
+        "is slow at packed weights and dense ones fit into memory (%(default)s)",
     )
     model.add_argument(
         "--threads",

@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+from urllib.parse import urlsplit
 
 NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -17,13 +18,24 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_loopback_url(url: str) -> bool:
+    """Whether the host of a URL is this machine; a malformed URL has none."""
+    try:
+        return is_loopback(urlsplit(url).hostname or "")
+    except ValueError:
+        return False
+
+
 def bypass_proxies(*hosts: str) -> None:
     """Let no library of this process ask a proxy for loopback addresses, nor for these hosts.
 
     Libraries read HTTP_PROXY and NO_PROXY from the environment; both spellings are extended.
     """
     names = ("no_proxy", "NO_PROXY")
-    known = [host for name in names for host in os.environ.get(name, "").split(",") if host]
+    known = [host.strip() for name in names for host in os.environ.get(name, "").split(",")]
+    known = [host for host in known if host]
     added = [host.strip("[]") for host in (*NAMES, *hosts)]
+    # "*" excepts every host, but only where it stands alone.
+    excepted = "*" if "*" in known else ",".join(dict.fromkeys([*known, *added]))
     for name in names:
-        os.environ[name] = ",".join(dict.fromkeys([*known, *added]))
+        os.environ[name] = excepted

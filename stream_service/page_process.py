@@ -59,6 +59,8 @@ class PageProcess:
             )
             self.failed = True
             self._when_failed()
+        elif status == 0:
+            logger.info("the chat page was ended")
         else:
             logger.error(
                 "the chat page ended with status %d; the service goes on without it", status

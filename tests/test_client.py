@@ -1,5 +1,6 @@
 """The Python client: exact about how a stream ended."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -173,3 +174,18 @@ def test_a_loopback_address_is_never_asked_for_through_a_proxy(
         assert "".join(StreamClient(address).stream("hi")) == "abc"
     with pytest.raises(StreamError, match="cannot be reached"):
         StreamClient("http://llm.example").about()
+
+
+def test_going_past_the_proxy_leaves_the_environment_alone(
+    serve: ServiceFactory, proxy_that_is_away: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other threads read it at the same time."""
+
+    class Watched(dict[str, str]):
+        def __setitem__(self, key: str, value: str) -> None:
+            pytest.fail(f"{key} was set")
+
+    client = StreamClient(serve(fake_checkpoint(says("abc"))).url)
+    with monkeypatch.context() as within:
+        within.setattr("os.environ", Watched(os.environ))
+        assert "".join(client.stream("hi")) == "abc"

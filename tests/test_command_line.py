@@ -118,6 +118,19 @@ def test_an_open_door_is_warned_of(arguments: list[str], is_warned: bool) -> Non
     assert ("WARNING" in welcome) == is_warned
 
 
+@pytest.mark.parametrize(
+    ("address", "goes_past"),
+    [("http://127.0.0.1:8800", True), ("http://[::1]:8800", True), ("http://10.0.0.1:80", False)],
+)
+def test_the_first_thing_to_try_goes_past_a_proxy_to_this_machine(
+    address: str, goes_past: bool, proxy_that_is_away: None
+) -> None:
+    """Also where the service listens on all addresses of the machine."""
+    arguments = parse_arguments(["-H", "0.0.0.0"])
+    welcome = llama3_service._welcome(arguments, fake_checkpoint(says("")), address)
+    assert ("--noproxy '*'" in welcome) == goes_past
+
+
 def test_the_first_thing_to_try_is_what_the_model_can_do() -> None:
     chats = fake_checkpoint(says(""))
     assert "http://x/stream" in llama3_service._welcome(parse_arguments([]), chats, "http://x")

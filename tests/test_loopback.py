@@ -4,7 +4,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import pytest
 
-from stream_service.loopback import bypass_proxies, is_loopback
+from stream_service.loopback import bypass_proxies, is_loopback, is_loopback_url
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,25 @@ def test_what_the_environment_excepts_already_stays_excepted(
     for host in ("intern.example", "localhost", "127.0.0.1", "::1", "10.1.2.3"):
         assert proxy_bypass(host), host
     assert not proxy_bypass("llm.example")
+
+
+def test_where_no_host_goes_through_the_proxy_it_stays_so(
+    proxy_that_is_away: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    bypass_proxies("localhost")
+    assert proxy_bypass("llm.example")
+
+
+@pytest.mark.parametrize(
+    ("url", "is_local"),
+    [
+        ("http://localhost:8800/v1", True),
+        ("http://[::1]:8800", True),
+        ("http://llm.example", False),
+        ("localhost", False),
+        ("http://[::1", False),
+    ],
+)
+def test_the_host_of_a_url_decides(url: str, is_local: bool) -> None:
+    assert is_loopback_url(url) == is_local

@@ -276,6 +276,21 @@ def test_a_page_whose_port_is_taken_says_so_and_takes_no_other() -> None:
     assert len(said.splitlines()) == 1
 
 
+def has_ipv6() -> bool:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
+def test_a_page_listens_at_an_ipv6_address_too() -> None:
+    with started(GRADIO_SERVER_NAME="::1") as url:
+        assert url.startswith("http://[::1]:")
+        assert requests.get(url, timeout=TIMEOUT).ok
+
+
 def test_a_page_ends_with_the_service_that_holds_its_input() -> None:
     """Also where SIGINT is ignored, as a shell has it for what runs in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

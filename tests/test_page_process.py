@@ -50,6 +50,17 @@ def test_a_page_that_dies_later_leaves_the_service_alone(
     page.end()
 
 
+def test_a_page_that_was_ended_by_others_is_no_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when a service manager sends SIGTERM to every process of a service."""
+    page = PageProcess(script(tmp_path, "sys.exit(0)"), {}, lambda: pytest.fail("it was ended"))
+    page._watcher.join(TIMEOUT)
+    assert not page.failed
+    assert not caplog.records
+    page.end()
+
+
 def test_a_page_that_is_ended_is_no_failure(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

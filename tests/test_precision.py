@@ -54,25 +54,40 @@ def test_with_kernels_for_packed_weights_quantize_means_what_it_says(
     assert not caplog.records
 
 
-@pytest.mark.parametrize("capability", ["DEFAULT", "SVE256"])
+@pytest.mark.parametrize(
+    ("capability", "said"), [("DEFAULT", "neither AVX2 nor AVX512"), ("SVE256", "SVE256")]
+)
 def test_without_such_kernels_auto_means_none_where_the_dense_model_fits(
-    capability: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    capability: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     on(monkeypatch, capability)
     assert choose() == Precision(torch.float32, "none")
-    assert f"auto means none here: this processor ({capability})" in caplog.text
-    assert "4.0 GB" in caplog.text
+    assert f"auto means none here: this processor has {said}" in caplog.text
+    assert "dense weights in float32 take 4.0 GB" in caplog.text
+
+
+def test_without_such_kernels_a_model_that_fits_in_bfloat16_alone_is_dense_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    on(monkeypatch, "DEFAULT")
+    assert choose(free=3 * BILLION) == Precision(torch.bfloat16, "none")
+    assert choose("bfloat16", free=3 * BILLION) == Precision(torch.bfloat16, "none")
+    assert "loading in bfloat16" in caplog.text
+    assert "dense weights in bfloat16 take 2.0 GB" in caplog.text
 
 
 def test_without_such_kernels_a_model_that_does_not_fit_stays_packed_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     on(monkeypatch, "DEFAULT")
-    assert choose(free=3 * BILLION) == Precision(torch.bfloat16, "auto")
+    assert choose(free=2 * BILLION) == Precision(torch.bfloat16, "auto")
     slow = caplog.records[-1]
     assert slow.levelname == "WARNING"
     assert "replies will be slow" in slow.message
-    assert "takes 4.0 GB, and 3.0 GB are free" in slow.message
+    assert "bfloat16 take 2.0 GB, and may take 1.6 of the 2.0 GB that are free" in slow.message
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
@@ -80,7 +95,9 @@ def test_packing_on_request_works_without_such_kernels_and_both_figures_are_told
     quantize: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     on(monkeypatch, "DEFAULT")
-    monkeypatch.setattr("stream_generator.precision.product_milliseconds", lambda: (2.5, 0.125))
+    monkeypatch.setattr(
+        "stream_generator.precision.product_milliseconds", lambda dtype: (2.5, 0.125)
+    )
     assert choose(quantize=quantize, is_packed=False).quantize == quantize
     assert "takes 2.50 ms with packed weights and 0.12 ms with dense ones" in caplog.text
     assert "give --quantize none" in caplog.text
@@ -107,8 +124,16 @@ def test_bfloat16_is_taken_where_float32_does_not_fit_and_no_dtype_is_given(
     assert "loading in bfloat16" in caplog.text
 
 
+def test_what_a_gpu_has_no_room_for_is_not_rounded_to_what_it_is_slow_at(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert choose(free=BILLION, on_cpu=False).dtype is torch.float32
+    assert not caplog.records
+
+
 def test_this_processor_has_a_kind() -> None:
-    assert processor.describe().startswith(processor.capability())
+    assert processor.describe()
     assert processor.has_packed_kernels() == (
         processor.capability() in processor.WITH_PACKED_KERNELS
     )

@@ -69,13 +69,13 @@ def test_the_narrowest_of_nested_groups_holds(system: Path) -> None:
     assert usable_cores(system) == 2
 
 
-def test_a_limit_of_version_1_holds_also_where_the_path_is_the_hosts(system: Path) -> None:
-    group(
-        system,
-        "4:cpu,cpuacct:/docker/1234",
-        cpu__cpu_dot_cfs_quota_us="100000",
-        cpu__cpu_dot_cfs_period_us="50000",
-    )
+@pytest.mark.parametrize("mount", ["cpu", "cpu,cpuacct"])
+def test_a_limit_of_version_1_holds_also_where_the_path_is_the_hosts(
+    mount: str, system: Path
+) -> None:
+    limits = {"cpu_dot_cfs_quota_us": "100000", "cpu_dot_cfs_period_us": "50000"}
+    files = {f"{mount}__{name}": text for name, text in limits.items()}
+    group(system, "4:cpu,cpuacct:/docker/1234", **files)
     group(system, "2:memory:/docker/1234")
     assert usable_cores(system) == 2
 

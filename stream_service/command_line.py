@@ -31,7 +31,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--dtype",
         choices=["auto", "bfloat16", "float16", "float32"],
         default="auto",
-        help="of its numbers; auto: bfloat16 where the device is fast at it (%(default)s)",
+        help="of its numbers; auto: bfloat16 where the device is fast at it or float32 has no "
+        "room, else float32 (%(default)s)",
     )
     model.add_argument(
         "--device",

@@ -126,8 +126,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _speed_line(checkpoint: "Checkpoint", threads: int, processor: str, speed: float | None) -> str:
     device = checkpoint.model.device
-    where = f"{threads} thread{'s' * (threads > 1)} on a processor with {processor}"
-    if device.type != "cpu":
+    if device.type == "cpu":
+        where = f"{threads} thread{'s' * (threads > 1)} on a processor with {processor}"
+    else:
         where = str(device)
     if speed is None:
         return where

@@ -26,7 +26,8 @@ def server_address(host: str) -> tuple[str, int]:
     except OSError as error:
         raise OSError(
             f"it cannot listen on {host}:{port}: {error.strerror}; choose another --app-port "
-            "(GRADIO_SERVER_PORT) or --host (GRADIO_SERVER_NAME), or end what is using the port"
+            "(GRADIO_SERVER_PORT) or --host (GRADIO_SERVER_NAME), or stop the program that uses "
+            "the port"
         ) from error
 
 

@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 # the layer adds to its input: a few roundings, far below what a wrong formula makes.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 
-PRODUCTS = ("qkv", "output", "gate_up", "down")  # of `FusedLayer`, by the names of its attributes
-
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -65,6 +63,11 @@ class FusedLayer(nn.Module):
         products = {name: _side_by_side(linears) for name, linears in _products(layer).items()}
         self.qkv, self.output = products["qkv"], products["output"]
         self.gate_up, self.down = products["gate_up"], products["down"]
+
+    @property
+    def products(self) -> tuple[Linear, ...]:
+        """All of its products, packed or dense."""
+        return self.qkv, self.output, self.gate_up, self.down
 
     def pack(self, layer: Any, packing: Packing, names: dict[nn.Module, str]) -> None:
         """Pack the products of the replaced `layer` as `packing` says."""
@@ -226,8 +229,6 @@ class FusedDecoder:
         self._kinds = kinds or [""] * len(self._layers)
         self._embed = base.embed_tokens.weight.detach()
         self._norm, self._head = RMSNorm(base.norm), model.get_output_embeddings().linear
-        products = [getattr(layer, name) for layer in self._layers for name in PRODUCTS]
-        self._tolerance = max(TOLERANCE.get(p.dtype, 0.0) for p in (*products, self._head))
         positions = torch.arange(context_length, device=model.device)[None]
         self._rotation = Rotation.of(
             *base.rotary_emb(self._embed[:1, None], position_ids=positions)
@@ -259,7 +260,9 @@ class FusedDecoder:
         positions = torch.arange(ids.shape[1], device=model.device)[None]
         ours = self(ids, positions, None, None).float()
         expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
-        _require_same(ours, expected, self._tolerance, "what surrounds its layers")
+        products = [self._head, *(p for layer in self._layers for p in layer.products)]
+        tolerance = max(TOLERANCE.get(product.dtype, 0.0) for product in products)
+        _require_same(ours, expected, tolerance, "what surrounds its layers")
 
 
 def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:

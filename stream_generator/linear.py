@@ -20,7 +20,7 @@ ROWS_HINT = 64
 class Linear(Protocol):
     """x: [rows, in], contiguous; other: [rows, out]; all return [rows, out].
 
-    dtype: what its inputs are rounded to, whatever theirs is.
+    dtype: the coarsest that inputs may be rounded to, whatever theirs is.
     """
 
     dtype: torch.dtype

@@ -132,8 +132,25 @@ def test_what_a_gpu_has_no_room_for_is_not_rounded_to_what_it_is_slow_at(
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    ("capability", "bfloat16", "kind"),
+    [
+        ("AVX512", True, "AVX512, fast bfloat16"),
+        ("AVX2", False, "AVX2"),
+        ("DEFAULT", False, "neither AVX2 nor AVX512"),
+    ],
+)
+def test_the_kind_of_a_processor_is_told(
+    capability: str, bfloat16: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, capability, bfloat16=bfloat16)
+    assert processor.describe() == kind
+
+
 def test_this_processor_has_a_kind() -> None:
-    assert processor.describe()
+    assert processor.capability() == "DEFAULT" or processor.describe().startswith(
+        processor.capability()
+    )
     assert processor.has_packed_kernels() == (
         processor.capability() in processor.WITH_PACKED_KERNELS
     )

@@ -28,7 +28,7 @@ import gradio as gr
 from pydantic import ValidationError
 
 from chat_page import files, parts
-from chat_page.controls import About, Controls, settings_of
+from chat_page.controls import About, Controls, fitting, settings_of
 from chat_page.conversation import Conversation, Settings, TooLarge
 from chat_page.hosting import end_when_stdin_closes, server_address
 from chat_page.look import HEAD, STYLE, THEME
@@ -65,12 +65,6 @@ def received(value: Any) -> Conversation:
         return Conversation.model_validate(value)
     except ValidationError:
         return Conversation()
-
-
-def chosen(value: Any, about: About | None, fields: tuple[Any, ...]) -> Conversation:
-    """The conversation that the browser sent, with what the panel of settings says."""
-    conversation = received(value)
-    return conversation.with_settings(settings_of(fields, about, conversation.settings))
 
 
 def offered(conversation: Conversation, words: Words) -> Updates:
@@ -139,6 +133,8 @@ def write(
     if about is None:  # the service was away when the page was opened
         updates |= offered(conversation, words)
         about = updates[service]
+    if about is not None:
+        conversation = conversation.with_settings(fitting(conversation.settings, about))
     saved = time.monotonic()
     for progress in replies.write(
         reply_id,
@@ -175,13 +171,12 @@ def send(
     about: About | None,
     with_tokens: bool,
     request: gr.Request,
-    *settings: Any,
 ) -> Iterator[Updates]:
     if not (message and message.strip()):
         yield gr.skip()  # where nothing comes at all, Gradio empties every output
         return
     try:
-        conversation = chosen(value, about, settings).asked(message)
+        conversation = received(value).asked(message)
     except TooLarge:
         gr.Warning(words_of(request)("too_large"))
         yield {box: message}
@@ -190,10 +185,9 @@ def send(
 
 
 def retry(
-    value: Any, about: About | None, with_tokens: bool, request: gr.Request, *settings: Any
+    value: Any, about: About | None, with_tokens: bool, request: gr.Request
 ) -> Iterator[Updates]:
-    conversation = chosen(value, about, settings)
-    yield from write(conversation.unanswered(), request, about, with_tokens)
+    yield from write(received(value).unanswered(), request, about, with_tokens)
 
 
 def edit(
@@ -202,9 +196,8 @@ def edit(
     with_tokens: bool,
     request: gr.Request,
     change: gr.EditData,
-    *settings: Any,
 ) -> Iterator[Updates]:
-    conversation = chosen(value, about, settings)
+    conversation = received(value)
     words, message = words_of(request), unmarked(change.value)
     index = turn_at(conversation, change.index, words)
     try:
@@ -224,10 +217,9 @@ def go_on(
     with_tokens: bool,
     request: gr.Request,
     way: gr.SelectData,
-    *settings: Any,
 ) -> Iterator[Updates]:
     """What the buttons under a reply do that is missing or was cut short."""
-    conversation = chosen(value, about, settings)
+    conversation = received(value)
     if way.value == "again":
         conversation = conversation.unanswered()
     yield from write(conversation, request, about, with_tokens)
@@ -239,10 +231,9 @@ def take(
     seen: tuple[Token, ...],
     request: gr.Request,
     choice: gr.EventData,
-    *settings: Any,
 ) -> Iterator[Updates]:
     """Go on from another token than the one that was drawn."""
-    conversation = chosen(value, about, settings)
+    conversation = received(value)
     reply = conversation.last_reply
     if reply is None or not seen or not reply.content.endswith(text_of(seen)):
         yield gr.skip()
@@ -268,9 +259,12 @@ def fill_prompt(name: str, request: gr.Request) -> str:
     return preset(name, language_of(request))
 
 
-def keep_settings(value: Any, about: About | None, *settings: Any) -> gr.HTML:
-    conversation = chosen(value, about, settings)
-    return gr.HTML(set=conversation.model_dump(include={"id", "settings"}))
+def keep_settings(value: Any, about: About | None, *fields: Any) -> gr.HTML:
+    """The conversation has its settings from here alone: each change of a field comes here."""
+    conversation = received(value)
+    settings = settings_of(fields, about, conversation.settings)
+    kept = conversation.with_settings(settings)
+    return gr.HTML(set=kept.model_dump(include={"id", "settings"}))
 
 
 def download(value: Any, ending: str) -> dict[str, Any]:
@@ -340,6 +334,7 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
         "concurrency_limit": None,  # `replies` has one
         **quiet,
     }
+    given = [shelf, service, with_tokens]
     keeping = {
         "fn": keep_settings,
         "inputs": [shelf, service, *fields],
@@ -348,7 +343,6 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
         **every,
         **small,
     }
-    context = [service, with_tokens, *fields]
     preset_chosen = controls.preset.input(
         fill_prompt, controls.preset, controls.system_prompt, **small
     )
@@ -366,11 +360,13 @@ with gr.Blocks(title="Llama 3, streamed", analytics_enabled=False, fill_height=T
         shelf.bring(show_file, js=parts.BROUGHT, **opening),
         shelf.fresh(show, js=parts.DELETED, **opening),
         new.click(show, js=parts.NEW, **opening),
-        box.submit(send, [shelf, box, *context], **(writing | {"js": parts.SEND} | every)),
-        chat.retry(retry, [shelf, *context], **writing),
-        chat.edit(edit, [shelf, *context], **writing),
-        chat.option_select(go_on, [shelf, *context], **writing),
-        token_view.take(take, [shelf, service, tokens, *fields], **writing),
+        box.submit(
+            send, [shelf, box, service, with_tokens], **(writing | {"js": parts.SEND} | every)
+        ),
+        chat.retry(retry, given, **writing),
+        chat.edit(edit, given, **writing),
+        chat.option_select(go_on, given, **writing),
+        token_view.take(take, [shelf, service, tokens], **writing),
         chat.undo(undo, shelf, [shelf, chat, tokens, token_view, box], js=parts.ENTER, **small),
         gr.on(settled, **keeping),
         preset_chosen.then(**keeping),

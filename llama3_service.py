@@ -18,8 +18,10 @@ from stream_generator.threads import settle_threads
 from stream_service.command_line import parse_arguments
 from stream_service.loopback import is_loopback_url
 
-if TYPE_CHECKING:
-    from stream_generator.checkpoint import Checkpoint
+if TYPE_CHECKING:  # each is imported where it is used: --help and a mistyped flag answer at once
+    from stream_generator.engine.engine import Engine
+    from stream_generator.loaded_model import Checkpoint
+    from stream_service.server import Server
 
 PAGE = Path(__file__).with_name("llama3_app.py")
 
@@ -27,10 +29,35 @@ PAGE = Path(__file__).with_name("llama3_app.py")
 def main(arguments: list[str] | None = None) -> int:
     """Serve until a signal ends it; returns the exit status."""
     args = parse_arguments(arguments)
+    if args.cache is not None:
+        from stream_generator.loading.cache_listing import list_or_delete
+
+        return list_or_delete(args.cache)
     threads = settle_threads(args.threads)
     start_log(args.log_json)
-    # Imported here, so that --help and a mistyped flag answer at once.
-    from stream_service.page_process import PageProcess, page_environment
+    from stream_generator.errors import CheckpointError
+
+    try:
+        server = listen(args)
+        engine = load(args, server, threads)
+    except (CannotListen, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ended while loading", file=sys.stderr)
+        return 1
+    return serve(args, server, engine)
+
+
+class CannotListen(Exception):
+    """A port that the command was told to use is not free, or not its to use."""
+
+
+def listen(args: argparse.Namespace) -> "Server":
+    """A server that answers from now on, if only that the model is loading.
+
+    Raises `CannotListen`.
+    """
     from stream_service.server import Server, bind
 
     try:
@@ -40,55 +67,50 @@ def main(arguments: list[str] | None = None) -> int:
         flag, port = "--port", args.port
         listening = bind(args.host, port)
     except OSError as error:
-        print(
+        raise CannotListen(
             f"cannot listen on {args.host}:{port}: {error.strerror}; choose another {flag}, or end "
-            "what is using it",
-            file=sys.stderr,
-        )
-        return 1
-    # From now on it answers, if only that the model is loading.
-    server = Server(listening, max_body=args.settings.max_body)
-    serving = threading.Thread(target=server.run, name="server", daemon=True)
-    serving.start()
+            "what is using it"
+        ) from error
+    return Server(listening, max_body=args.settings.max_body).start()
 
-    from stream_generator.errors import CheckpointError
 
-    try:
-        from stream_generator import processor, warm_up
-        from stream_generator.checkpoint import load_checkpoint
-        from stream_generator.engine import Engine
-        from stream_generator.model_runner import runner_for
-        from stream_service.app import create_app
+def load(args: argparse.Namespace, server: "Server", threads: int) -> "Engine":
+    """The engine of the model that is asked for, behind the server. Raises `CheckpointError`."""
+    from stream_generator.engine import warm_up
+    from stream_generator.engine.engine import Engine
+    from stream_generator.engine.runners import runner_of
+    from stream_generator.loading.load import load_checkpoint
+    from stream_generator.model import processor
+    from stream_service.app import create_app
 
-        checkpoint = load_checkpoint(
-            args.ckpts,
-            args.quantize,
-            name=args.served_model_name,
-            dtype=args.dtype,
-            device=args.device,
-            device_map=args.device_map,
-            allow_pickle=args.allow_pickle,
-        )
-        runner = runner_for(
-            checkpoint.model,
-            checkpoint.context_length,
-            max_concurrent=args.max_concurrent,
-            max_context=args.max_context,
-        )
-        speed = warm_up.tokens_per_second(checkpoint, runner)
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("ended while loading", file=sys.stderr)
-        return 1
+    checkpoint = load_checkpoint(
+        args.ckpts,
+        args.quantize,
+        name=args.served_model_name,
+        dtype=args.dtype,
+        device=args.device,
+        device_map=args.device_map,
+        allow_pickle=args.allow_pickle,
+    )
+    runner = runner_of(checkpoint, max_concurrent=args.max_concurrent, max_context=args.max_context)
+    engine = Engine(
+        checkpoint,
+        max_waiting=args.max_queue,
+        max_seconds=args.max_time,
+        runner=runner,
+        reproducible=args.reproducible,
+    )
+    speed = warm_up.tokens_per_second(checkpoint, runner)
     print(f"{checkpoint.describe()}\n{runner.describe()}", flush=True)
     print(_speed_line(checkpoint, threads, processor.describe(), speed), flush=True)
-    engine = Engine(
-        checkpoint, max_waiting=args.max_queue, max_seconds=args.max_time, runner=runner
-    )
     app = create_app(engine, args.settings, tokens_per_second=speed)
-    server.open(app, max_open=engine.max_waiting + engine.max_running)
+    server.open(app, max_open=engine.intake.requests)
+    return engine
+
+
+def serve(args: argparse.Namespace, server: "Server", engine: "Engine") -> int:
+    """Compute, on this thread, which has loaded the model, until a signal or a failure ends it."""
+    from stream_service.page_process import PageProcess, page_environment
 
     def end(signal_number: int, frame: object) -> None:
         if ending.is_set():  # a second one ends at once, and the page with it
@@ -112,20 +134,18 @@ def main(arguments: list[str] | None = None) -> int:
             page_environment(args.host, args.app_port, address, key),
             when_failed=lambda: engine.drain(args.drain),
         )
-    print(_welcome(args, checkpoint, address), flush=True)
-    # The computing stays on this thread, which has loaded the model (see `Engine`).
+    print(_welcome(args, engine.checkpoint, address), flush=True)
     try:
         engine.run()
     finally:
-        server.stop()
-        serving.join()
+        server.close()
         if page is not None:
             page.end()
-    return 1 if engine.failed or (page is not None and page.failed) else 0
+    return 1 if engine.life.has_failed or (page is not None and page.failed) else 0
 
 
 def _speed_line(checkpoint: "Checkpoint", threads: int, processor: str, speed: float | None) -> str:
-    device = checkpoint.model.device
+    device = checkpoint.device
     if device.type == "cpu":
         where = f"{threads} thread{'s' * (threads > 1)} on a processor with {processor}"
     else:

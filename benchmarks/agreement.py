@@ -20,7 +20,7 @@ PROMPTS, TOKENS = 100, 64
 
 
 def main() -> None:
-    from stream_generator.checkpoint import load_checkpoint
+    from stream_generator.loading.load import load_checkpoint
 
     exact = load_checkpoint(quantize="none", dtype="float32")
     prompts = [
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def in_process(checkpoint: Any, prompts: list[list[int]]) -> list[list[int]]:
-    from stream_generator.engine import Engine
+    from stream_generator.engine.engine import Engine
     from stream_generator.sampling_params import SamplingParams
 
     engine = Engine(checkpoint, max_waiting=len(prompts))

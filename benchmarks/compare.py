@@ -22,6 +22,7 @@ from late_tokens import RESULTS, ROOT, machine
 from serve import SYSTEMS, TOKENS, Load, Request, Service, question, spread
 
 HERE = Path(__file__).parent
+BEFORE = "ours, before"
 ALL = ["ours", "llama.cpp", *SYSTEMS[1:], "TextIteratorStreamer"]
 FILLER = "the bees near the old mill gather honey from lime trees in early summer and "
 COLUMNS = {
@@ -38,10 +39,13 @@ COLUMNS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--systems", nargs="+", choices=ALL, default=ALL)
+    parser.add_argument("--before", type=Path, help="another checkout of ours, measured too")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8.0, help="of four and eight streams")
     parser.add_argument("--name", default="compare")
     args = parser.parse_args()
+    if args.before:
+        args.systems.insert(1, BEFORE)
     rounds: dict[str, list[dict[str, float]]] = {system: [] for system in args.systems}
     in_process: list[float] = []
     numbers = iter(range(1, 10**6))
@@ -55,7 +59,7 @@ def main() -> None:
     medians = {system: spread(figures) for system, figures in rounds.items()}
     report = {
         "machine": machine(),
-        "settings": {**vars(args), "tokens": TOKENS},
+        "settings": {**vars(args), "before": bool(args.before), "tokens": TOKENS},
         "median_low_high": medians,
         "ratios_of_medians": ratios(medians),
         "eight_without_http_tok_s": [
@@ -73,7 +77,9 @@ def main() -> None:
 def measure(system: str, args: argparse.Namespace, numbers: Any) -> dict[str, float]:
     began = time.monotonic()
     figures: dict[str, float] = {}
-    with Service(system) as service:
+    ours = {BEFORE: args.before, "ours": ROOT}.get(system)
+    service = Service("ours", root=ours) if ours else Service(system)
+    with service:
         first = Request(question(next(numbers)), 2)
         service.ask(first)
         assert first.arrivals, first.error

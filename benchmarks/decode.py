@@ -17,13 +17,17 @@ from typing import Any
 
 import torch
 from late_tokens import RESULTS, machine
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from stream_generator.checkpoint import load_checkpoint, make_lean
-from stream_generator.model_runner import runner_for
-from stream_generator.sampler import generator_for
+from stream_generator.engine.model_runner import runner_for
+from stream_generator.engine.runner import Runner
+from stream_generator.engine.runners import runner_of
+from stream_generator.loading.layout import locate
+from stream_generator.loading.load import load_checkpoint
+from stream_generator.loading.transformers_model import make_lean
+from stream_generator.request import Request
+from stream_generator.sampling.sampler import generator_for
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.sequence import Sequence
 
 UNUSED: Any = None  # nothing is turned into text here
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,76 +54,78 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--name", default="decode")
     args = parser.parse_args()
+    if args.random_llama and DEVICE == "cpu" and {"int4", "int8"} & {*args.modes}:
+        parser.error("random weights are packed on a GPU alone; give --modes own none")
     report: dict[str, Any] = {"machine": machine(), "settings": vars(args), "results": {}}
     if DEVICE == "cuda":
         report["machine"]["gpu"] = torch.cuda.get_device_name()
     speed = bytes_per_second()
     report["bytes_per_second"] = speed
     for mode in args.modes:
-        model = build(args.random_llama, mode)
-        result = measure(model, args)
+        runner = build(args.random_llama, mode, max(args.rows))
+        result = measure(runner, args)
         report["results"][mode] = result
         print(mode, json.dumps(result), flush=True)
-        del model
+        del runner
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
-def build(shape: str | None, mode: str) -> PreTrainedModel:
+def build(shape: str | None, mode: str, rows: int) -> Runner:
+    limits = {"max_concurrent": rows, "max_context": 2048}
     if shape is None and mode != "own":
-        return load_checkpoint(quantize=mode).model
+        return runner_of(load_checkpoint(quantize=mode), **limits)
     if shape is None:
         from transformers import AutoModelForCausalLM
 
-        from stream_generator.loading.demo_model import demo_model_directory
+        path = locate(None).dense_directory()
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
+    else:
+        with torch.device(DEVICE):
+            torch.set_default_dtype(torch.bfloat16)
+            model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
+            torch.set_default_dtype(torch.float32)
+        if mode != "own":
+            make_lean(model, mode)
+    return runner_for(model, 8192, **limits)
 
-        return AutoModelForCausalLM.from_pretrained(demo_model_directory(), dtype=torch.bfloat16)
-    with torch.device(DEVICE):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
-        torch.set_default_dtype(torch.float32)
-    if mode != "own":
-        make_lean(model, mode)
-    return model
 
-
-def measure(model: PreTrainedModel, args: argparse.Namespace) -> dict[str, Any]:
-    runner = runner_for(model, 8192, max_concurrent=max(args.rows), max_context=2048)
+def measure(runner: Runner, args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"runner": type(runner).__name__}
     for rows in args.rows:
-        sequences = []
+        requests = []
         for row in range(rows):
             params = SamplingParams(
                 temperature=0.6, top_p=0.9, seed=row, max_new_tokens=args.steps + 20
             ).resolved(SamplingParams(), room=1000, seed=row)
-            sequence = Sequence(
+            request = Request(
                 str(row), [100 + (row * 7 + i) % 1000 for i in range(args.prompt)], params,
                 (), 2048, UNUSED, generator=generator_for(row),
             )  # fmt: skip
-            sequence.start(row, 0)
-            first: Any = runner.prefill(sequence, args.prompt)
-            sequence.output_ids.append(first.token_id)
-            sequences.append(sequence)
+            request.start(row, 0)
+            first: Any = runner.prefill(request, args.prompt)
+            request.output_ids.append(first.token_id)
+            requests.append(request)
         times = []
         for step in range(args.steps + 5):
             began = time.perf_counter()
-            choices: list[Any] = runner.decode(sequences)
-            for sequence, choice in zip(sequences, choices, strict=True):
-                sequence.output_ids.append(choice.token_id)
-                sequence.number = None
+            choices: list[Any] = runner.decode(requests)
+            for request, choice in zip(requests, choices, strict=True):
+                request.output_ids.append(choice.token_id)
+                request.number = None
             if step >= 5:
                 times.append((time.perf_counter() - began) * 1000)
         result[f"{rows} rows"] = spread(times)
     for length in (args.prompt, 1500):
         times = []
         for _ in range(4):
-            sequence = copy.copy(sequences[0])
-            sequence.prompt_ids = [100 + i % 1000 for i in range(length)]
-            sequence.computed = 0
+            request = copy.copy(requests[0])
+            request.prompt_ids = [100 + i % 1000 for i in range(length)]
+            request.num_computed_tokens = 0
             began = time.perf_counter()
-            while runner.prefill(sequence, min(512, length - sequence.computed)) is None:
+            while runner.prefill(request, min(512, length - request.num_computed_tokens)) is None:
                 pass
             times.append((time.perf_counter() - began) * 1000)
         result[f"prompt of {length}"] = spread(times[1:])

@@ -5,8 +5,9 @@
 
 A processor can do what its predecessors could: `--kinds` limits PyTorch and oneDNN to the
 instructions of another kind, by their own variables. Its clock, caches and memory stay as they are,
-so such figures are ratios for that kind and not its speed. Real HTTP clients, all variants in turn,
-several rounds. Writes benchmarks/results/NAME.json and prints a table.
+so such figures are ratios for that kind and not its speed. ONNX Runtime, which computes packed
+weights, has no such variable: the limits hold for dense weights alone. Real HTTP clients, all
+variants in turn, several rounds. Writes benchmarks/results/NAME.json and prints a table.
 """
 
 import argparse

@@ -65,7 +65,7 @@ def measure(way: str) -> list[float]:
 
         monkey.patch_all()
     sys.path.insert(0, str(ROOT))
-    from stream_generator.checkpoint import load_checkpoint
+    from stream_generator.loading.load import load_checkpoint
 
     checkpoint = load_checkpoint()
     pieces = our_pieces if way == "ours" else streamer_pieces
@@ -76,8 +76,8 @@ def measure(way: str) -> list[float]:
 
 
 def our_pieces(checkpoint: Any, tokens: int) -> Iterator[str]:
-    from stream_generator.chat import Message
     from stream_generator.generate import stream_generate
+    from stream_generator.text.chat import Message
 
     outputs = stream_generate(
         checkpoint.model,
@@ -129,7 +129,7 @@ def machine() -> dict[str, Any]:
     import torch
     import transformers
 
-    from stream_generator.processor import describe
+    from stream_generator.model.processor import describe
 
     return {
         "processor": processor(),

@@ -58,9 +58,9 @@ def serve_streamer(port: int) -> None:
     from flask import Flask, Response, request
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer
 
-    from stream_generator.loading.demo_model import demo_model_directory
+    from stream_generator.loading.layout import locate
 
-    path = demo_model_directory()
+    path = locate(None).dense_directory()
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     app = Flask(__name__)
@@ -108,8 +108,8 @@ def run_in_process(users: int, seconds: float) -> float:
     settle_threads()  # as the command does
     from serve import SAMPLING, TOKENS, question
 
-    from stream_generator.checkpoint import load_checkpoint
-    from stream_generator.engine import Engine
+    from stream_generator.engine.engine import Engine
+    from stream_generator.loading.load import load_checkpoint
     from stream_generator.sampling_params import SamplingParams
 
     checkpoint = load_checkpoint()
@@ -138,7 +138,7 @@ def run_in_process(users: int, seconds: float) -> float:
         time.sleep(seconds)
         rates.append((sum(counts) - before) / (time.monotonic() - began))
         end.set()
-        engine.stop()
+        engine.drain(0)
 
     rates: list[float] = []
     threading.Thread(target=watch).start()

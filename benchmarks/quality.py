@@ -13,7 +13,7 @@ given so too (`kl_100`). Writes benchmarks/results/quality.json.
 import argparse
 import json
 import pydoc_data.topics
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,15 @@ from late_tokens import RESULTS, machine
 from serve import Service
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from stream_generator.checkpoint import Checkpoint, load_checkpoint, make_lean
-from stream_generator.kv_cache import SlotRows, masks
-from stream_generator.loading.demo_model import DEMO_GGUF, demo_model_directory
+from stream_generator.engine.graph_runner import GraphRunner
+from stream_generator.engine.model_runner import ModelRunner, runner_for
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.loading.demo_model import DEMO_GGUF
+from stream_generator.loading.layout import locate
+from stream_generator.loading.load import load_checkpoint
 from stream_generator.loading.pypi_file import bring
-from stream_generator.model_runner import ModelRunner, runner_for
+from stream_generator.model.kv_cache import SlotRows, masks
+from stream_generator.model.saved_graph import SavedGraph
 
 CHUNK = 512
 TOP = 100
@@ -36,7 +40,7 @@ TOP = 100
 @dataclass
 class Row:
     slot: int | None
-    computed: int
+    num_computed_tokens: int
 
 
 def main() -> None:
@@ -55,7 +59,8 @@ def main() -> None:
     results: dict[str, Any] = {}
     for mode in args.modes:
         if mode in ("int8", "int4"):  # not what the GGUF has, but made of a bfloat16 checkpoint
-            packed, mode = repacked(checkpoint, mode), f"{mode} of bfloat16"
+            source = str(locate(None).dense_directory())
+            packed, mode = load_checkpoint(source, mode), f"{mode} of bfloat16"
         else:
             packed = load_checkpoint(quantize=mode)
         for way in ("reply", "prompt"):
@@ -66,12 +71,6 @@ def main() -> None:
     report = {"machine": machine(), "settings": vars(args), "results": results}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
-
-
-def repacked(checkpoint: Checkpoint, mode: str) -> Checkpoint:
-    model = AutoModelForCausalLM.from_pretrained(demo_model_directory(), dtype=torch.bfloat16)
-    make_lean(model, mode)
-    return replace(checkpoint, model=model)
 
 
 @torch.inference_mode()
@@ -86,6 +85,8 @@ def reference_logprobs(ids: list[list[int]]) -> list[torch.Tensor]:
 
 
 def ours(checkpoint: Checkpoint, ids: list[list[int]], way: str) -> list[torch.Tensor]:
+    if checkpoint.graph is not None:
+        return by_graph(checkpoint.graph, ids, way)
     length = len(ids[0])
     if way == "prompt":
         return [in_chunks(checkpoint.model, text) for text in ids]
@@ -96,8 +97,31 @@ def ours(checkpoint: Checkpoint, ids: list[list[int]], way: str) -> list[torch.T
     for position in range(length):
         steps.append(runner.forward(rows, [[text[position]] for text in ids]))
         for row in rows:
-            row.computed += 1
+            row.num_computed_tokens += 1
     return list(torch.stack(steps, dim=1).log_softmax(dim=-1))
+
+
+def by_graph(graph: Path, ids: list[list[int]], way: str) -> list[torch.Tensor]:
+    length = len(ids[0])
+    runner = GraphRunner(SavedGraph.load(graph), slots=len(ids), context=length)
+    slots = range(len(ids))
+    if way == "reply":
+        steps = [
+            runner.step(slots, [n] * len(ids), [text[n] for text in ids]) for n in range(length)
+        ]
+        return list(torch.stack(steps, dim=1).log_softmax(dim=-1))
+    starts = range(0, length, CHUNK)
+    return [
+        torch.cat(
+            [
+                runner.chunk(
+                    slot, n, ids[slot][n : n + CHUNK], range(len(ids[slot][n : n + CHUNK]))
+                )
+                for n in starts
+            ]
+        ).log_softmax(dim=-1)
+        for slot in slots
+    ]
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ of the rounds.
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ from late_tokens import RESULTS, ROOT, machine
 
 PORT = 8950
 TOKENS = 96
+SLOTS = ("--max-concurrent", "32", "--max-context", "2048")  # as llama.cpp's server has them
 SAMPLING: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9}
 TOPICS = [
     "how a rainbow forms", "why the sky is blue", "how bread rises", "what makes a good friend",
@@ -42,7 +44,7 @@ SYSTEMS = ["ours", "transformers serve", "transformers serve --continuous-batchi
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--systems", nargs="+", choices=[*SYSTEMS, "llama.cpp"], default=SYSTEMS)
     parser.add_argument("--users", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--rate", type=float, help="open loop: requests a second, not users")
     parser.add_argument("--pause", type=float, default=0.0, help="mean seconds between requests")
@@ -59,7 +61,7 @@ def main() -> None:
         for kind, value in loads:
             for system in args.systems:
                 # A service of its own for each: what an earlier load has left must not count.
-                with Service(system) as service:
+                with Service(system, *(SLOTS if system == "ours" else ())) as service:
                     service.ask(Request("Hello.", 4))  # warm up
                     load = Load(service, args, random.Random(number))
                     load.run_open(value) if kind == "rate" else load.run_closed(int(value))
@@ -101,9 +103,9 @@ class Service:
         """options: of our own command. root: the checkout whose command it is."""
         self.system, self._options, self._root = system, options, root
         self.url = f"http://127.0.0.1:{PORT}"
-        from stream_generator.loading.demo_model import demo_model_directory
+        from stream_generator.loading.layout import locate
 
-        self._model = str(demo_model_directory())
+        self._model = str(locate(None).dense_directory())
 
     def __enter__(self) -> "Service":
         peers = {"llama.cpp": "llama.cpp", "TextIteratorStreamer": "streamer"}
@@ -118,7 +120,7 @@ class Service:
             command = [serve, "serve", self._model, "--port", str(PORT), "--host", "127.0.0.1"]
             command += ["--dtype", "bfloat16", *self.system.split()[2:]]
         self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=self._environment()
         )
         while True:
             assert self._process.poll() is None, f"{self.system} ended at its start"
@@ -138,6 +140,12 @@ class Service:
         for process in alive:
             process.kill()
 
+    def _environment(self) -> dict[str, str]:
+        """Another checkout has a cache of its own: each removes what the other keeps."""
+        if self._root == ROOT:
+            return {**os.environ}
+        return {**os.environ, "XDG_CACHE_HOME": str(self._root.resolve() / ".cache")}
+
     @property
     def pid(self) -> int:
         return self._process.pid
@@ -146,6 +154,13 @@ class Service:
         process = psutil.Process(self._process.pid)
         family = [process, *process.children(recursive=True)]
         return float(sum(p.memory_info().rss for p in family)) / 1e9
+
+    def anonymous_gb(self) -> float:
+        """Memory without mapped files, of the first process, on Linux; keys and values are shared
+        memory there."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        kinds = ("RssAnon:", "RssShmem:")
+        return sum(int(line.split()[1]) for line in status if line.startswith(kinds)) * 1024 / 1e9
 
     def ask(self, request: Request, stop: threading.Event | None = None) -> None:
         """Send it and read the stream, until it ends or `stop` is set."""

@@ -8,6 +8,7 @@ from pydantic import Field
 from chat_page.conversation import Count, Line, Record, Settings
 from chat_page.words import PRESETS, i18n, preset_of
 
+NUMBERS = [name for name in Settings.model_fields if name not in ("system_prompt", "stop")]
 # What a setting does nothing at, where the model's defaults do not name it.
 NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 STEPS = {"temperature": 0.05, "top_p": 0.01, "min_p": 0.01, "repetition_penalty": 0.01}
@@ -70,31 +71,36 @@ class Controls:
     def updates(self, settings: Settings, about: About | None) -> dict[Any, Any]:
         """Show these settings, with the service's own where they say nothing.
 
-        Numbers wait, as they are, until the service tells what they may be. One that was kept and
-        is no longer among these is shown as the nearest that is.
+        Number fields are disabled until the service publishes its bounds.
         """
         shown: dict[Any, Any] = {
             self.preset: preset_of(settings.system_prompt),
             self.system_prompt: settings.system_prompt,
             self.stop: "\n".join(settings.stop),
         }
-        for name, field in self.fields.items():
-            if field in shown:
-                continue
-            if about is None:
-                shown[field] = gr.update(interactive=False)
-                continue
-            value, bounds = getattr(settings, name), about.range(name)
+        if about is None:
+            return shown | {self.fields[name]: gr.update(interactive=False) for name in NUMBERS}
+        fitted = fitting(settings, about)
+        for name in NUMBERS:
+            value = getattr(fitted, name)
             value = about.default(name) if value is None else value
-            if value is not None and bounds:
-                value = min(max(value, bounds["minimum"]), bounds["maximum"])
-            shown[field] = gr.update(value=value, interactive=True, **bounds)
+            shown[self.fields[name]] = gr.update(value=value, interactive=True, **about.range(name))
         return shown
 
     @property
     def shown(self) -> list[gr.components.Component]:
         """The components that `updates` may change."""
         return [self.preset, *self.fields.values()]
+
+
+def fitting(settings: Settings, about: About) -> Settings:
+    """Replace each number that the service would refuse by the nearest one that it accepts."""
+    nearest = {}
+    for name in NUMBERS:
+        value, bounds = getattr(settings, name), about.range(name)
+        if value is not None and bounds:
+            nearest[name] = min(max(value, bounds["minimum"]), bounds["maximum"])
+    return settings.model_copy(update=nearest)
 
 
 def settings_of(values: tuple[Any, ...], about: About | None, before: Settings) -> Settings:
@@ -114,8 +120,16 @@ def settings_of(values: tuple[Any, ...], about: About | None, before: Settings) 
 
 def _slider(name: str, least: float, greatest: float, **options: Any) -> gr.Slider:
     # Gradio's own button would set it to what it was before the service was asked.
-    return gr.Slider(least, greatest, step=STEPS[name], label=i18n(name), buttons=[], **options)
+    return gr.Slider(
+        least,
+        greatest,
+        step=STEPS[name],
+        label=i18n(name),
+        buttons=[],
+        interactive=False,
+        **options,
+    )
 
 
 def _number(name: str, **options: Any) -> gr.Number:
-    return gr.Number(label=i18n(name), precision=0, min_width=100, **options)
+    return gr.Number(label=i18n(name), precision=0, min_width=100, interactive=False, **options)

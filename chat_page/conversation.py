@@ -122,7 +122,8 @@ class Conversation(Record):
         """Without the last message and its reply, and that message."""
         turns = self.unanswered().turns
         message = turns[-1].content if turns else ""
-        return self.model_copy(update={"turns": turns[:-1]}), message
+        left = self.model_copy(update={"turns": turns[:-1], "updated": time.time()})
+        return left, message
 
     def edited(self, index: int, message: str) -> Self:
         """With another message in place of turn `index`, and without what came after it.

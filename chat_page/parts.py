@@ -22,9 +22,10 @@ SEND = """async (seen, _, ...others) => {
     const message = window.box.take();
     return [await window.lane.enter(seen), message, ...others];
 }"""
-NEW, OPENED, CHOSEN, BROUGHT, DELETED = (
+OPENED = "async () => { await window.lane.first(); return [window.conversations.opened()]; }"
+NEW, CHOSEN, BROUGHT, DELETED = (
     f"async () => {{ await window.lane.enter(); return [window.conversations.{what}()]; }}"
-    for what in ("none", "opened", "chosen", "brought", "deleted")
+    for what in ("none", "chosen", "brought", "deleted")
 )
 SHOWN = "() => [window.conversations.current]"
 

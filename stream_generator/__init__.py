@@ -1,1 +1,30 @@
-"""Token-by-token generation: ids in, ids and text out. Import from the modules themselves."""
+"""Token-by-token generation: ids in, ids and text out. Knows nothing of HTTP.
+
+What a program needs is here, and imported when it is first used. To read the code, start with
+`loop` (one model, one request) and go on with `engine.engine` (many).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stream_generator.engine.engine import Engine
+    from stream_generator.generate import init_stream_support, stream_generate
+    from stream_generator.loading.load import load_checkpoint
+    from stream_generator.sampling_params import SamplingParams
+
+__all__ = ["Engine", "SamplingParams", "init_stream_support", "load_checkpoint", "stream_generate"]
+
+_HOMES = {
+    "Engine": "engine.engine",
+    "SamplingParams": "sampling_params",
+    "init_stream_support": "generate",
+    "load_checkpoint": "loading.load",
+    "stream_generate": "generate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,268 +1,172 @@
-"""The loop: one forward, one id, one yield. Chapter one for a reader, and the tests' oracle.
-
-transformers' `generate` does all the preparation (inputs, cache, logits processors, stopping
-criteria) and then calls a decoding method. Given a callable as `custom_generate`, it calls that
-one and returns what it returns: here, a generator. So the ids come out one step at a time, with
-everything that transformers knows of sampling still in force.
-"""
+"""Replies for Python programs: of a checkpoint, of a transformers model, or inside `generate`."""
 
 import copy
 import functools
 import inspect
-import math
+import threading
 import uuid
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast, overload
+from weakref import WeakKeyDictionary
 
-import torch
 from transformers import (
-    GenerationConfig,
     GenerationMixin,
-    LogitsProcessorList,
     PreTrainedModel,
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import GenerationMode
 
-from stream_generator.chat import Message
-from stream_generator.checkpoint import Checkpoint
-from stream_generator.errors import InvalidRequest
-from stream_generator.sampler import CountPenalty, check_scores, draw, generator_for, uniform
+from stream_generator.engine.engine import Engine
+from stream_generator.engine.runners import runner_of
+from stream_generator.engine.token_stream import TokenStream
+from stream_generator.errors import InvalidRequest, QueueFull
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.loop import stream_request, stream_sample
+from stream_generator.request import TokenOutput
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.sequence import Choice, Sequence, TokenOutput
+from stream_generator.text.chat import Message
 
-# Outputs of a forward that the next one needs, by the names that model families give them.
-_CACHES = ("past_key_values", "cache_params", "state")
-
-
-def stream_sample(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: GenerationConfig,
-    generators: list[torch.Generator] | None = None,
-    seed: int | None = None,
-    **model_kwargs: Any,
-) -> Iterator[torch.Tensor]:
-    """Yield the ids of each step as they are produced: int64 `[rows]`.
-
-    A decoding method for `model.generate(..., custom_generate=stream_sample)`, greedy or
-    sampling. input_ids: int64 [rows, prompt length], padded on the left.
-
-    A row that has ended yields the pad id, and the loop ends when all have. Which rows have ended
-    is a boolean mask, set by the stopping criteria, for any number of end ids. (Older projects
-    keep an integer mask and multiply it, for each step, by the number of end ids that the new id
-    differs from. With one end id that is 0 or 1. With Llama 3's two it is 2 for an ordinary id and
-    1 for an end id: the mask doubles at each step and never becomes 0, so the loop runs on past the
-    end, and `ids * mask + pad * (1 - mask)` gives ids outside the vocabulary, negative ones too.)
-
-    generators: one CPU generator a row for the draw; without them, `seed + row`, or torch's
-    global generator if there is no seed either.
-
-    Raises `InvalidRequest` at once for a decoding mode that is not a stream of single ids, and
-    `GenerationFailed` at the step where logits are not finite.
-    """
-    mode = generation_config.get_generation_mode()
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise InvalidRequest(
-            f"{mode.value} cannot be streamed id by id; use greedy search or sampling"
-        )
-    if generation_config.return_dict_in_generate:
-        raise InvalidRequest("a stream yields ids only", param="return_dict_in_generate")
-    if model.config.is_encoder_decoder:
-        raise InvalidRequest("only decoder-only models can be streamed")
-    if generation_config.do_sample and generators is None:
-        generators = _generators(len(input_ids), seed)
-    return _loop(
-        model,
-        input_ids,
-        logits_processor,
-        stopping_criteria,
-        _pad_id(generation_config),
-        generators if generation_config.do_sample else None,
-        model_kwargs,
-    )
+Prompt = list[Message] | Iterable[int]
+SLOTS = 4  # of one checkpoint's replies; the memory of the others stays the caller's
 
 
-@torch.inference_mode()  # torch enters it anew at each resumption, in whatever thread that is
-def _loop(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    pad_id: int,
-    generators: list[torch.Generator] | None,
-    model_kwargs: dict[str, Any],
-) -> Iterator[torch.Tensor]:
-    finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    inputs = model.prepare_inputs_for_generation(
-        input_ids,
-        next_sequence_length=_uncached_length(input_ids, model_kwargs),
-        is_first_iteration=True,
-        **model_kwargs,
-    )
-    while True:
-        outputs = model(**inputs, return_dict=True)
-        # A copy: a slice would keep the logits of the whole prompt alive.
-        logits = outputs.logits[:, -1].to(device=input_ids.device, dtype=torch.float32, copy=True)
-        _carry_over(outputs, model_kwargs)
-        del outputs
-        scores = logits_processor(input_ids, logits)
-        check_scores(scores[~finished])
-        if generators is None:
-            ids = scores.argmax(dim=-1)
-        else:
-            ids = draw(scores, torch.tensor([uniform(g) for g in generators], dtype=torch.float64))
-        ids = ids.masked_fill(finished, pad_id if 0 <= pad_id < scores.shape[-1] else 0)
-        input_ids = torch.cat([input_ids, ids[:, None]], dim=-1)
-        finished = finished | stopping_criteria(input_ids, cast(Any, None))
-        yield ids
-        if finished.all():
-            return
-        inputs = model.prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=1 if model_kwargs.get("use_cache") else None,
-            **model_kwargs,
-        )
+@overload
+def stream_generate(
+    model: Checkpoint, prompt: Prompt, params: SamplingParams | None = None, **sampling: Any
+) -> Iterator[TokenOutput]: ...
 
 
-def _uncached_length(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> int | None:
-    """How many ids at the end a cache that the caller passed does not hold yet; None for all."""
-    cache = model_kwargs.get("past_key_values")
-    cached = cache.get_seq_length() if cache is not None else 0
-    return input_ids.shape[1] - cached if cached else None
-
-
-def _carry_over(outputs: Any, model_kwargs: dict[str, Any]) -> None:
-    """Take from one forward what the next one needs: the cache, and one more position."""
-    for name in _CACHES:
-        if outputs.get(name) is not None:
-            model_kwargs[name] = outputs[name]
-    if (mask := model_kwargs.get("attention_mask")) is not None:
-        model_kwargs["attention_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=-1)
-    if (positions := model_kwargs.get("position_ids")) is not None:
-        model_kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
-
-
-def _generators(rows: int, seed: int | None) -> list[torch.Generator]:
-    if seed is None:
-        return [generator_for(int(torch.randint(2**62, ()))) for _ in range(rows)]
-    return [generator_for(seed + row) for row in range(rows)]
-
-
-def _pad_id(config: GenerationConfig) -> int:
-    """The configured pad id; without one, an end id, as transformers has it."""
-    for ids in (config.pad_token_id, config.eos_token_id):
-        if ids is not None:
-            return int(ids[0] if isinstance(ids, list) else ids)
-    return 0
-
-
+@overload
 def stream_generate(
     model: PreTrainedModel,
     tokenizer: Any,
-    prompt: list[Message] | Iterable[int],
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    **sampling: Any,
+) -> Iterator[TokenOutput]: ...
+
+
+def stream_generate(model: Any, *arguments: Any, **keywords: Any) -> Iterator[TokenOutput]:
+    """Yield the reply to `prompt` as text deltas; the last output has the finish reason.
+
+    model: a checkpoint, which runs as the service runs it: on its step graph where its weights are
+    packed, several replies in the slots of one cache. Replies that are read in turn are computed
+    together. Or any transformers model, followed by its tokenizer: it runs in transformers' own
+    `generate`, one reply at a time. A checkpoint with packed weights and its dense model differ in
+    roundings, and so may their replies.
+    prompt: messages, rendered by the checkpoint's chat template, or prompt ids.
+    params: or its fields as keywords, e.g. `temperature=0`. Missing values come from the
+        checkpoint's generation config.
+
+    Raises `InvalidRequest` for a prompt that does not fit, and pydantic's `ValidationError` for
+    parameters out of bounds, both before anything is computed. Reading it raises
+    `GenerationFailed` if computing fails.
+
+        >>> for output in stream_generate(checkpoint, [{"role": "user", "content": "Hi"}]):
+        ...     print(output.delta, end="", flush=True)
+    """
+    if isinstance(model, Checkpoint):
+        return _of_checkpoint(model, *arguments, **keywords)
+    return _of_model(model, *arguments, **keywords)
+
+
+def _of_model(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompt: Prompt,
     params: SamplingParams | None = None,
     **sampling: Any,
 ) -> Iterator[TokenOutput]:
-    """Yield the reply to `prompt` as text deltas; the last output has the finish reason.
+    checkpoint = Checkpoint.of(model, tokenizer)
+    ids, resolved = _ids(checkpoint, prompt), _one_of(params, sampling)
+    request = checkpoint.new_request(ids, resolved, request_id=uuid.uuid4().hex)
+    return stream_request(model, request)
 
-    prompt: messages, rendered by the checkpoint's chat template, or prompt ids.
-    params: or its fields as keywords, e.g. `temperature=0`; gaps as the checkpoint says.
 
-    Raises `InvalidRequest` for a prompt that does not fit, and pydantic's `ValidationError` for
-    parameters out of bounds, both before anything is computed.
+def _of_checkpoint(
+    checkpoint: Checkpoint,
+    prompt: Prompt,
+    params: SamplingParams | None = None,
+    **sampling: Any,
+) -> Iterator[TokenOutput]:
+    ids, resolved = _ids(checkpoint, prompt), _one_of(params, sampling)
+    replies = _replies_of(checkpoint)
+    replies.engine.intake.new_request(ids, resolved, request_id="check")
+    return replies.reply(ids, resolved)
 
-        >>> for output in stream_generate(model, tokenizer, [{"role": "user", "content": "Hi"}]):
-        ...     print(output.delta, end="", flush=True)
-    """
+
+def _ids(checkpoint: Checkpoint, prompt: Prompt) -> list[int]:
+    items: list[Any] = list(prompt)
+    return checkpoint.chat.encode(items) if items and isinstance(items[0], dict) else items
+
+
+def _one_of(params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
     if params is not None and sampling:
         raise TypeError("give either params or its fields as keywords, not both")
-    checkpoint = Checkpoint.of(model, tokenizer)
-    items: list[Any] = list(prompt)
-    ids = checkpoint.chat.encode(items) if items and isinstance(items[0], dict) else items
-    sequence = checkpoint.new_sequence(
-        ids, params or SamplingParams(**sampling), request_id=uuid.uuid4().hex
-    )
-    return stream_sequence(model, sequence)
+    return params or SamplingParams(**sampling)
 
 
-def stream_sequence(model: PreTrainedModel, sequence: Sequence) -> Iterator[TokenOutput]:
-    """Run one sequence alone, to its end: one output a step.
+class _Replies:
+    """The replies of one checkpoint, on one engine. It has no thread: whoever reads computes.
 
-    Raises `InvalidRequest` if log-probabilities are asked for: `generate` has none to give.
+    One reader at a time takes a step, for all of them; the others get what it gives at once. A
+    reader who is the only one is best the thread that has loaded the model (see `Engine`).
     """
-    if sequence.params.logprobs is not None:
-        raise InvalidRequest("logprobs need the engine; leave them out here", param="logprobs")
-    return _outputs(model, sequence)
 
+    def __init__(self, checkpoint: Checkpoint):
+        self.engine = Engine(checkpoint, runner=runner_of(checkpoint, max_concurrent=SLOTS))
+        self._changed = threading.Condition()
+        self._stepping = False
 
-def _outputs(model: PreTrainedModel, sequence: Sequence) -> Iterator[TokenOutput]:
-    with closing(stream_ids(model, sequence)) as ids:
-        for token_id in ids:
-            output = sequence.take(Choice(token_id))
-            yield output
-            if output.finish_reason is not None:
+    def reply(self, ids: list[int], params: SamplingParams) -> Iterator[TokenOutput]:
+        with self._submit(ids, params) as stream:
+            stream.tell(self._notify)
+            ended = False
+            while not ended:
+                while (output := stream.get(timeout=0)) is None:
+                    self._step(stream)
+                if isinstance(output, TokenOutput):
+                    ended = output.finish_reason is not None
+                    yield output
+
+    def _submit(self, ids: list[int], params: SamplingParams) -> TokenStream:
+        while True:
+            try:
+                return self.engine.submit(ids, params)
+            except QueueFull:
+                self._step()
+
+    def _step(self, stream: TokenStream | None = None) -> None:
+        """Take a step; where another reader takes one, wait for its end or for an output."""
+        with self._changed:
+            if self._stepping:
+                self._changed.wait_for(lambda: not self._stepping or (stream and stream.ready))
                 return
+            self._stepping = True
+        try:
+            self.engine.step()
+        except BaseException:  # such as Ctrl+C: nobody knows how far the step has come
+            self.engine.close("the computation was interrupted; ask again")
+            raise
+        finally:
+            self._stepping = False
+            self._notify()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
 
-def stream_ids(model: PreTrainedModel, sequence: Sequence) -> Generator[int, None, None]:
-    """The ids of one sequence run alone; whoever reads them decides when it ends."""
-    ids = torch.tensor([sequence.prompt_ids], device=model.device)
-    params = sequence.params
-    steps = cast(Any, model).generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=_generation_config(model, sequence),
-        logits_processor=LogitsProcessorList(
-            [
-                CountPenalty(
-                    params.frequency_penalty or 0, params.presence_penalty or 0, ids.shape[1]
-                )
-            ]
-            if params.frequency_penalty or params.presence_penalty
-            else []
-        ),
-        custom_generate=stream_sample,
-        generators=[sequence.generator],
-    )
-    with closing(steps):
-        for step in steps:
-            yield int(step)
+_replies: WeakKeyDictionary[Checkpoint, _Replies] = WeakKeyDictionary()
+_making = threading.Lock()
 
 
-def _generation_config(model: PreTrainedModel, sequence: Sequence) -> GenerationConfig:
-    """The sequence's parameters as transformers' processors read them.
-
-    What is off gets a neutral value: transformers fills a None with the checkpoint's or its own
-    default. (Greedy search does not read top_k, but warns of any value other than its default.)
-    """
-    params = sequence.params
-    config = copy.deepcopy(model.generation_config) or GenerationConfig()
-    config.update(
-        do_sample=not params.greedy,
-        temperature=params.temperature or 1.0,
-        top_k=50 if params.greedy else params.top_k or 0,
-        top_p=params.top_p or 1.0,
-        min_p=None if params.greedy else params.min_p or 0.0,
-        typical_p=params.typical_p or 1.0,
-        repetition_penalty=params.repetition_penalty or 1.0,
-        no_repeat_ngram_size=params.no_repeat_ngram_size or 0,
-        min_new_tokens=params.min_new_tokens or 0,
-        max_new_tokens=params.max_new_tokens or 1,
-        max_length=None,
-        max_time=None if config.max_time is None else math.inf,
-        num_beams=1,
-        eos_token_id=sorted(sequence.all_end_ids) or None,
-        return_dict_in_generate=False,
-        num_return_sequences=1,
-    )
-    if params.logit_bias:
-        config.sequence_bias = [[[i], float(bias)] for i, bias in params.logit_bias.items()]
-    return config
+def _replies_of(checkpoint: Checkpoint) -> _Replies:
+    with _making:
+        known = _replies.get(checkpoint)
+        if known is None or not known.engine.life.is_accepting:
+            known = _replies[checkpoint] = _Replies(checkpoint)
+        return known
 
 
 def init_stream_support() -> Callable[[], None]:

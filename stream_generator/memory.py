@@ -1,4 +1,4 @@
-"""How much memory is free, and whether something fits into it."""
+"""How much memory is free, and what fits into it."""
 
 from pathlib import Path
 
@@ -6,6 +6,11 @@ import psutil
 import torch
 
 from stream_generator.errors import CheckpointError
+
+MOST_SLOTS = 32
+FEWEST_SLOTS = 4  # before that, slots are made shorter
+SHORTEST_CONTEXT = 2048
+MEMORY_SHARE = {"cpu": 0.4, "cuda": 0.8}  # of what is free once the model is loaded
 
 
 def free_memory(device: torch.device) -> int:
@@ -16,10 +21,38 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def refuse_if_too_large(what: Path, size: int, free: int) -> None:
-    """Raise `CheckpointError`, with the numbers, where `size` bytes of weights do not fit."""
+def refuse_if_too_large(what: Path, size: int, free: int, remedy: str = "") -> None:
+    """Raise `CheckpointError`, with the numbers, where `size` bytes of weights do not fit.
+
+    remedy: what to use instead; by default another machine or model.
+    """
     if size > free:
         raise CheckpointError(
             f"the weights of {what} take {size / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB "
-            "are free; use a machine with more memory, or a smaller model"
+            f"are free; use {remedy or 'a machine with more memory, or a smaller model'}"
         )
+
+
+def slots_and_context(
+    device: torch.device,
+    token_bytes: int,
+    context: int,
+    max_concurrent: int | None,
+    max_context: int | None,
+) -> tuple[int, int]:
+    """How many slots, and how long, fit into the memory that is free now."""
+    free = free_memory(device)
+    budget = int(free * MEMORY_SHARE.get(device.type, 0.4))
+    wanted = max_concurrent or FEWEST_SLOTS
+    while (
+        not max_context and context > SHORTEST_CONTEXT and wanted * context * token_bytes > budget
+    ):
+        context = max(context // 2, SHORTEST_CONTEXT)
+    slots = max_concurrent or min(MOST_SLOTS, max(1, budget // (context * token_bytes)))
+    if slots * context * token_bytes > free:
+        raise CheckpointError(
+            f"{slots} requests of {context} tokens need {slots * context * token_bytes / 1e9:.1f} "
+            f"GB for keys and values, but {free / 1e9:.1f} GB are free; lower --max-concurrent or "
+            "--max-context"
+        )
+    return slots, context

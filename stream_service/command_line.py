@@ -3,11 +3,13 @@
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from stream_service.loopback import is_loopback
 from stream_service.settings import LOOPBACK_NAMES, MAX_BODY_BYTES, Settings
 
+Add = Callable[..., argparse.Action]  # `add_argument` of a group
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -16,63 +18,98 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Stream the replies of a language model, token by token, over HTTP."
     )
-    model = parser.add_argument_group("the model")
-    model.add_argument(
+    groups = {
+        "the model": _add_model,
+        "how it is computed": _add_computing,
+        "where it listens": _add_address,
+        "who may ask": _add_access,
+        "how much it takes on": _add_limits,
+        "its log": _add_log,
+    }
+    for name, add_flags in groups.items():
+        add_flags(parser.add_argument_group(name).add_argument)
+    args = parser.parse_args(arguments)
+    if args.device and args.device_map:
+        parser.error("--device and --device-map exclude each other; give one")
+    args.is_loopback = is_loopback(args.host)
+    try:
+        args.settings = _settings(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return args
+
+
+def _add_model(add: Add) -> None:
+    add(
         "-c",
         "--ckpts",
         metavar="MODEL",
         help="directory in Hugging Face format or as Meta distributes Llama, .gguf file, or hub "
         "id, also as id@revision and id:file.gguf (a small demo model)",
     )
-    model.add_argument(
-        "--served-model-name", metavar="NAME", help="what it is called in answers (its own name)"
-    )
-    model.add_argument(
+    add("--served-model-name", metavar="NAME", help="what it is called in answers (its own name)")
+    add(
         "--dtype",
         choices=["auto", "bfloat16", "float16", "float32"],
         default="auto",
-        help="of its numbers; auto: bfloat16 where the device is fast at it or float32 has no "
+        help="of dense weights; auto: bfloat16 where the device is fast at it or float32 has no "
         "room, else float32 (%(default)s)",
     )
-    model.add_argument(
+    add(
         "--device",
         metavar="DEVICE",
         help="cpu, cuda or cuda:1 (all GPUs there are, else the CPU)",
     )
-    model.add_argument(
+    add(
         "--device-map",
         type=_device_map,
         metavar="MAP",
         help="how a large model is spread over GPUs and the CPU: auto, balanced, sequential, or a "
         "JSON file with a device for each module",
     )
-    model.add_argument(
+    add(
         "--allow-pickle",
         action="store_true",
         help="read pickled weights where there are no others, as plain tensors",
     )
-    model.add_argument(
+    add(
+        "--cache",
+        nargs="*",
+        metavar="NAME",
+        help="list what is kept of models on this machine, or delete these entries, and end",
+    )
+
+
+def _add_computing(add: Add) -> None:
+    add(
         "--quantize",
         choices=["auto", "none", "int8", "int4"],
         default="auto",
-        help="bits of each weight; auto: as the checkpoint has them, or none where the processor "
-        "is slow at packed weights and dense ones fit into memory (%(default)s)",
+        help="bits of each weight; auto: as the checkpoint has them (%(default)s)",
     )
-    model.add_argument(
+    add(
+        "--reproducible",
+        action="store_true",
+        help="give the same bytes for the same request, also with a warm prefix cache: reuse "
+        "only what a prompt has computed (packed weights on a CPU)",
+    )
+    add(
         "--threads",
         type=_positive,
         metavar="N",
         help="threads that compute (the physical cores that the process may use, or what "
         "OMP_NUM_THREADS says)",
     )
-    address = parser.add_argument_group("where it listens")
-    add = address.add_argument
+
+
+def _add_address(add: Add) -> None:
     add("-H", "--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     add("-P", "--port", type=_port, default=8800, help="port to listen on (%(default)s)")
     add("--app", action="store_true", help="start the chat page too")
     add("--app-port", type=_port, default=7860, help="port of the chat page (%(default)s)")
-    access = parser.add_argument_group("who may ask")
-    add = access.add_argument
+
+
+def _add_access(add: Add) -> None:
     add(
         "--api-key",
         action="append",
@@ -96,8 +133,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="ORIGIN",
         help="let pages of this origin ask from a browser; may be given several times (none)",
     )
-    limits = parser.add_argument_group("how much it takes on")
-    add = limits.add_argument
+
+
+def _add_limits(add: Add) -> None:
     add(
         "--max-concurrent",
         type=_positive,
@@ -137,18 +175,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         metavar="SECONDS",
         help="time for open streams to finish when the service is ended (30)",
     )
-    parser.add_argument_group("its log").add_argument(
-        "--log-json", action="store_true", help="write each line of the log as JSON"
-    )
-    args = parser.parse_args(arguments)
-    if args.device and args.device_map:
-        parser.error("--device and --device-map exclude each other; give one")
-    args.is_loopback = is_loopback(args.host)
-    try:
-        args.settings = _settings(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    return args
+
+
+def _add_log(add: Add) -> None:
+    add("--log-json", action="store_true", help="write each line of the log as JSON")
 
 
 def _settings(args: argparse.Namespace) -> Settings:

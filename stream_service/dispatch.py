@@ -1,13 +1,13 @@
-"""Requests on their way: counted before any work, found by their id, ended when nobody reads."""
+"""Requests on their way: counted before any work, found by their id, aborted when nobody reads."""
 
 import math
 import threading
 from collections.abc import Callable, Iterable
 
-from stream_generator.engine import Engine
+from stream_generator.engine.engine import Engine
+from stream_generator.engine.token_stream import TokenStream
 from stream_generator.errors import DuplicateRequest, EngineClosed, QueueFull
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.token_stream import TokenStream
 from stream_service.disconnect import DisconnectWatcher
 
 MOST_RETRY_SECONDS = 60
@@ -24,23 +24,23 @@ class Admission:
         self._dispatcher = dispatcher
         self._gone = gone
         self._unwatch: Callable[[], None] | None = None
-        self._stopped = False
+        self._aborted = False
 
     def submit(
         self, prompts: Iterable[Iterable[int]], params: SamplingParams, n: int = 1
     ) -> list[TokenStream]:
-        """`Engine.submit_several`, ended when the client goes away or `stop` is called."""
+        """`Engine.submit_several`, aborted when the client goes away, or by `abort`."""
         self.n = n
         self.streams = self._dispatcher.engine.submit_several(prompts, params, n, self.id)
         if self._gone is not None:
-            self._unwatch = self._dispatcher.watcher.watch(self._gone, self.stop)
-        if self._stopped:  # in between
-            self.stop()
+            self._unwatch = self._dispatcher.watcher.watch(self._gone, self.abort)
+        if self._aborted:  # in between
+            self.abort()
         return self.streams
 
-    def stop(self) -> None:
-        """End what is computed for it. From any thread."""
-        self._stopped = True
+    def abort(self) -> None:
+        """Abort what is computed for it. From any thread."""
+        self._aborted = True
         for stream in self.streams:
             stream.close()
 
@@ -48,7 +48,7 @@ class Admission:
         """The answer is closed, complete or not. More than once is fine."""
         if self._unwatch is not None:
             self._unwatch()
-        self.stop()
+        self.abort()
         self._dispatcher.forget(self)
 
 
@@ -58,7 +58,7 @@ class Dispatcher:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.watcher = DisconnectWatcher()
-        self.limit = engine.max_waiting + engine.max_running
+        self.limit = engine.intake.requests
         self._lock = threading.Lock()
         self._admitted: dict[str, Admission] = {}
         self._seconds: float | None = None  # that a request runs, lately
@@ -69,7 +69,7 @@ class Dispatcher:
         gone: tells whether its client has left. Raises `QueueFull`, `EngineClosed` or
         `DuplicateRequest`.
         """
-        if not self.engine.accepting:
+        if not self.engine.life.is_accepting:
             raise EngineClosed("the service takes no requests at the moment; try again later")
         with self._lock:
             if request_id in self._admitted:
@@ -79,17 +79,17 @@ class Dispatcher:
             admission = self._admitted[request_id] = Admission(self, request_id, gone)
         return admission
 
-    def stop(self, request_id: str) -> Admission | None:
-        """End a request, and return it once all its streams have ended, or a minute has passed.
+    def abort(self, request_id: str) -> Admission | None:
+        """Abort a request, and return it once its streams have finished, or a minute has passed.
 
         None: there is no such request.
         """
         with self._lock:
             admission = self._admitted.get(request_id)
         if admission is not None:
-            admission.stop()
+            admission.abort()
             for stream in admission.streams:
-                if not self.engine.wait_until_ended(stream.sequence):
+                if not self.engine.wait_until_finished(stream.request):
                     break
         return admission
 
@@ -98,9 +98,9 @@ class Dispatcher:
             if self._admitted.get(admission.id) is not admission:
                 return
             del self._admitted[admission.id]
-            for sequence in (stream.sequence for stream in admission.streams):
-                if sequence.started_at is not None and sequence.finished_at is not None:
-                    seconds = sequence.finished_at - sequence.started_at
+            for reply in (stream.request for stream in admission.streams):
+                if reply.started_at is not None and reply.finished_at is not None:
+                    seconds = reply.finished_at - reply.started_at
                     old = seconds if self._seconds is None else self._seconds
                     self._seconds = old + SMOOTHING * (seconds - old)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from stream_generator.engine import Engine
-from stream_generator.sequence import Sequence
+from stream_generator.engine.engine import Engine
+from stream_generator.request import Request
 from stream_service.wire import timings, usage
 
 logger = logging.getLogger("stream_service.requests")
@@ -56,7 +56,7 @@ class Metrics:
         for name, text, value in (
             ("llm_requests_running", "Requests that have a slot.", lambda: engine.running),
             ("llm_requests_waiting", "Requests that wait for one.", lambda: engine.waiting),
-            ("llm_engine_healthy", "1 while the engine is well.", lambda: engine.healthy),
+            ("llm_engine_healthy", "1 while the engine is well.", lambda: engine.life.is_healthy),
         ):
             Gauge(name, text, registry=registry).set_function(value)
 
@@ -70,40 +70,40 @@ class Metrics:
         route: str,
         status: int,
         began: float,
-        sequences: list[Sequence],
+        requests: list[Request],
         n: int,
     ) -> None:
-        """An answer is closed. began: by time.monotonic(). sequences: `n` for each prompt."""
+        """An answer is closed. began: by time.monotonic(). requests: `n` for each prompt."""
         self._requests.labels(route, str(status)).inc()
-        for sequence in sequences:
-            self._count(sequence)
+        for request in requests:
+            self._count(request)
         facts: dict[str, Any] = {
             "request_id": request_id, "route": route, "status": status,
             "ms": round((time.monotonic() - began) * 1000),
         }  # fmt: skip
-        if sequences:
-            tokens = usage(sequences, n)
+        if requests:
+            tokens = usage(requests, n)
             facts |= {
                 "prompt_tokens": tokens["prompt_tokens"],
                 "reply_tokens": tokens["completion_tokens"],
-                **timings(sequences[0]),
-                "finish_reason": ",".join(str(s.finish_reason or "abort") for s in sequences),
+                **timings(requests[0]),
+                "finish_reason": ",".join(str(r.finish_reason or "abort") for r in requests),
             }
         line = " ".join(f"{name}={value}" for name, value in facts.items() if value is not None)
         logger.info(line, extra=facts)
 
-    def _count(self, sequence: Sequence) -> None:
-        self._finished.labels(str(sequence.finish_reason or "abort")).inc()
-        self._reply_tokens.inc(len(sequence.output_ids))
-        if sequence.started_at is None:
+    def _count(self, request: Request) -> None:
+        self._finished.labels(str(request.finish_reason or "abort")).inc()
+        self._reply_tokens.inc(len(request.output_ids))
+        if request.started_at is None:
             return
-        self._queue.observe(sequence.started_at - sequence.submitted_at)
-        self._prompt_tokens.inc(len(sequence.prompt_ids))
-        self._cached_tokens.inc(sequence.cached_tokens)
-        self._prefix_hits.inc(sequence.cached_tokens > 0)
-        if sequence.first_token_at is None:
+        self._queue.observe(request.started_at - request.submitted_at)
+        self._prompt_tokens.inc(len(request.prompt_ids))
+        self._cached_tokens.inc(request.num_cached_tokens)
+        self._prefix_hits.inc(request.num_cached_tokens > 0)
+        if request.first_token_at is None:
             return
-        self._first.observe(sequence.first_token_at - sequence.submitted_at)
-        gaps = len(sequence.output_ids) - 1
-        if gaps > 0 and sequence.last_token_at is not None:
-            self._gap.observe((sequence.last_token_at - sequence.first_token_at) / gaps)
+        self._first.observe(request.first_token_at - request.submitted_at)
+        gaps = len(request.output_ids) - 1
+        if gaps > 0 and request.last_token_at is not None:
+            self._gap.observe((request.last_token_at - request.first_token_at) / gaps)

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from flask import Blueprint, Response, g, jsonify
 
-from stream_generator.checkpoint import Checkpoint
+from stream_generator.engine.token_stream import TokenStream, interleaved
 from stream_generator.errors import InvalidRequest, StreamGeneratorError
-from stream_generator.sequence import Choice, FinishReason, Sequence, TokenOutput
-from stream_generator.token_stream import TokenStream, interleaved
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.request import Choice, FinishReason, Request, TokenOutput
 from stream_service.errors import ModelNotFound, answer
 from stream_service.exchange import admit, read_body, streamed
 from stream_service.openapi import describes
@@ -30,7 +30,7 @@ class Kind(Protocol):
     def piece(self, index: int, output: TokenOutput, is_first: bool) -> dict[str, Any]:
         """The choice of a chunk."""
 
-    def whole(self, index: int, sequence: Sequence, outputs: list[TokenOutput]) -> dict[str, Any]:
+    def whole(self, index: int, reply: Request, outputs: list[TokenOutput]) -> dict[str, Any]:
         """The choice of a complete answer."""
 
 
@@ -100,7 +100,7 @@ def _answer(
     }
     if body.stream:
         return streamed(_chunks(kind, body, head, streams, g.request_id), SSE)
-    choices = [kind.whole(i, stream.sequence, list(stream)) for i, stream in enumerate(streams)]
+    choices = [kind.whole(i, stream.request, list(stream)) for i, stream in enumerate(streams)]
     return jsonify({**head, "choices": choices, "usage": _usage(streams, body.n)})
 
 
@@ -137,9 +137,9 @@ def _data(value: dict[str, Any]) -> bytes:
 
 
 def _usage(streams: list[TokenStream], n: int) -> dict[str, Any]:
-    sequences = [stream.sequence for stream in streams]
-    cached = sum(s.cached_tokens for s in sequences[::n])
-    return {**usage(sequences, n), "prompt_tokens_details": {"cached_tokens": cached}}
+    replies = [stream.request for stream in streams]
+    cached = sum(r.num_cached_tokens for r in replies[::n])
+    return {**usage(replies, n), "prompt_tokens_details": {"cached_tokens": cached}}
 
 
 def _choice(
@@ -171,10 +171,10 @@ class Chat:
         logprobs = self._logprobs([output])
         return _choice(index, {"delta": delta}, logprobs, output.finish_reason)
 
-    def whole(self, index: int, sequence: Sequence, outputs: list[TokenOutput]) -> dict[str, Any]:
-        message = {"role": "assistant", "content": sequence.text, "refusal": None}
+    def whole(self, index: int, reply: Request, outputs: list[TokenOutput]) -> dict[str, Any]:
+        message = {"role": "assistant", "content": reply.text, "refusal": None}
         logprobs = self._logprobs(outputs)
-        return _choice(index, {"message": message}, logprobs, sequence.finish_reason)
+        return _choice(index, {"message": message}, logprobs, reply.finish_reason)
 
     def _logprobs(self, outputs: list[TokenOutput]) -> dict[str, Any] | None:
         content = [
@@ -207,9 +207,9 @@ class Text:
         logprobs = self._logprobs(index, [output])
         return _choice(index, {"text": output.delta}, logprobs, output.finish_reason)
 
-    def whole(self, index: int, sequence: Sequence, outputs: list[TokenOutput]) -> dict[str, Any]:
+    def whole(self, index: int, reply: Request, outputs: list[TokenOutput]) -> dict[str, Any]:
         logprobs = self._logprobs(index, outputs)
-        return _choice(index, {"text": sequence.text}, logprobs, sequence.finish_reason)
+        return _choice(index, {"text": reply.text}, logprobs, reply.finish_reason)
 
     def _logprobs(self, index: int, outputs: list[TokenOutput]) -> dict[str, Any] | None:
         made: dict[str, list[Any]] = {

@@ -88,7 +88,7 @@ def _operation(rule: Rule, view: Any) -> dict[str, Any]:
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
     known = ERRORS if body else {s: ERRORS[s] for s in (401, 403, 404, 503)}
     operation: dict[str, Any] = {
-        "operationId": rule.endpoint.replace(".", "_"),
+        "operationId": rule.endpoint.removeprefix("native.").replace(".", "_"),
         "summary": " ".join(summary.split()),
         "responses": {
             "200": {"description": "the answer", "content": {kind: {} for kind in answers}},

@@ -4,8 +4,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stream_generator.chat import Message
 from stream_generator.sampling_params import SamplingParams
+from stream_generator.text.chat import Message
 
 MAX_TURNS = 10_000
 MAX_CHARACTERS = 4_000_000  # of a text, and MAX_IDS of a prompt in ids: the body is bounded too

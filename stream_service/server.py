@@ -3,9 +3,10 @@
 import json
 import socket
 import sys
+import threading
 import time
 import uuid
-from typing import Any
+from typing import Any, Self
 
 import waitress
 from waitress import wasyncore
@@ -80,7 +81,7 @@ def loading(environ: dict[str, Any], start_response: Any) -> list[bytes]:
 
 
 class Server:
-    """A bound and listening server. `run` serves until `stop`, from a signal or another thread.
+    """A bound and listening server. `start` serves, on a thread of its own, until `close`.
 
     It answers that it is loading until `open` gives it an application.
     """
@@ -102,7 +103,8 @@ class Server:
             ident=None,
         )
         self._server.channel_class = Channel
-        self._stopping = False
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="server", daemon=True)
 
     @property
     def port(self) -> int:
@@ -116,12 +118,22 @@ class Server:
         self._server.task_dispatcher.set_thread_count(max_open + SPARE_THREADS)
         self._server.application = app
 
-    def run(self) -> None:
-        """Serve until `stop` is called; then let the open answers end, and end the threads.
+    def start(self) -> Self:
+        """Serve from now on."""
+        self._thread.start()
+        return self
 
-        The engine must be closed before, or they do not end.
+    def close(self) -> None:
+        """Let the open answers end, and return when all threads have ended.
+
+        The engine must be closed before, or the answers do not end.
         """
-        while not self._stopping:
+        self._closing = True
+        self._server.pull_trigger()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing:
             self._poll(1.0)
         deadline = time.monotonic() + FLUSH_SECONDS
         while self._is_answering() and time.monotonic() < deadline:
@@ -135,11 +147,6 @@ class Server:
     def _is_answering(self) -> bool:
         channels = list(self._server.active_channels.values())
         return any(channel.requests or channel.total_outbufs_len for channel in channels)
-
-    def stop(self) -> None:
-        """Let `run` return soon. Safe from any thread and from a signal handler."""
-        self._stopping = True
-        self._server.pull_trigger()
 
 
 def _most_files() -> int:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from stream_generator.chat import Prompt
-from stream_generator.checkpoint import Checkpoint
+from stream_generator.engine.token_stream import TokenStream
 from stream_generator.errors import StreamGeneratorError
-from stream_generator.sequence import Choice, QueuePosition, Sequence
-from stream_generator.token_stream import TokenStream
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.request import Choice, QueuePosition, Request
+from stream_generator.text.chat import Prompt
 from stream_service.errors import answer
 
 HEARTBEAT_SECONDS = 10.0
@@ -67,7 +67,7 @@ def events(
     history_after: from the reply's text to the history that the next query is to bring along.
     The last event is "end" or "error", and nothing follows it.
     """
-    yield start_event(stream.sequence, checkpoint.name, prompt)
+    yield start_event(stream.request, checkpoint.name, prompt)
     is_first = True
     while True:
         try:
@@ -85,11 +85,11 @@ def events(
                 delta: Event = {"event": "delta", "delta": output.delta, "finished": False}
                 delta |= logprobs(output.choice, checkpoint)
                 if is_first:
-                    delta["cached_tokens"] = stream.sequence.cached_tokens
+                    delta["cached_tokens"] = stream.request.num_cached_tokens
                     is_first = False
                 yield delta
             if output.finish_reason is not None:
-                yield end_event(stream.sequence, history_after)
+                yield end_event(stream.request, history_after)
                 return
 
 
@@ -107,42 +107,42 @@ def logprobs(choice: Choice | None, checkpoint: Checkpoint) -> Event:
     return {**token(choice.token_id, choice.logprob), "alternatives": alternatives}
 
 
-def start_event(sequence: Sequence, model: str, prompt: Prompt) -> Event:
+def start_event(request: Request, model: str, prompt: Prompt) -> Event:
     return {
         "event": "start",
-        "id": sequence.id,
+        "id": request.id,
         "model": model,
-        "prompt_tokens": len(sequence.prompt_ids),
+        "prompt_tokens": len(request.prompt_ids),
         "trimmed": {"messages": prompt.trimmed_messages, "tokens": prompt.trimmed_tokens},
     }
 
 
-def end_event(sequence: Sequence, history_after: Callable[[str], list[Any]]) -> Event:
+def end_event(request: Request, history_after: Callable[[str], list[Any]]) -> Event:
     return {
         "event": "end",
         "delta": "",
         "finished": True,
-        **reply(sequence, history_after),
-        "timings": timings(sequence),
-        "seed": sequence.params.seed,
-        "params": sequence.params.model_dump(exclude_none=True),
+        **reply(request, history_after),
+        "timings": timings(request),
+        "seed": request.params.seed,
+        "params": request.params.model_dump(exclude_none=True),
     }
 
 
-def reply(sequence: Sequence, history_after: Callable[[str], list[Any]]) -> dict[str, Any]:
+def reply(request: Request, history_after: Callable[[str], list[Any]]) -> dict[str, Any]:
     """The whole reply, and the history to send with the next query."""
     return {
-        "response": sequence.text,
-        "history": history_after(sequence.text),
-        "finish_reason": sequence.finish_reason,
-        "usage": usage([sequence]),
+        "response": request.text,
+        "history": history_after(request.text),
+        "finish_reason": request.finish_reason,
+        "usage": usage([request]),
     }
 
 
-def usage(sequences: list[Sequence], n: int = 1) -> dict[str, int]:
-    """Tokens of a request. sequences: `n` for each prompt, which counts once."""
-    prompt = sum(len(s.prompt_ids) for s in sequences[::n])
-    completion = sum(len(s.output_ids) for s in sequences)
+def usage(requests: list[Request], n: int = 1) -> dict[str, int]:
+    """Tokens of a request. requests: `n` for each prompt, which counts once."""
+    prompt = sum(len(r.prompt_ids) for r in requests[::n])
+    completion = sum(len(r.output_ids) for r in requests)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -150,19 +150,19 @@ def usage(sequences: list[Sequence], n: int = 1) -> dict[str, int]:
     }
 
 
-def timings(sequence: Sequence) -> dict[str, float | None]:
+def timings(request: Request) -> dict[str, float | None]:
     """Milliseconds waited and to the first token, and tokens per second from then on.
 
     A rate needs two tokens at least: it is that of the gaps between them.
     """
-    started, first, last = sequence.started_at, sequence.first_token_at, sequence.last_token_at
-    gaps = len(sequence.output_ids) - 1
+    started, first, last = request.started_at, request.first_token_at, request.last_token_at
+    gaps = len(request.output_ids) - 1
     rate = None
     if first is not None and last is not None and last > first:
         rate = round(gaps / (last - first), 2)
     return {
-        "queue_ms": _milliseconds(sequence.submitted_at, started),
-        "ttft_ms": _milliseconds(sequence.submitted_at, first),
+        "queue_ms": _milliseconds(request.submitted_at, started),
+        "ttft_ms": _milliseconds(request.submitted_at, first),
         "tokens_per_second": rate,
     }
 

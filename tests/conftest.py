@@ -1,6 +1,5 @@
 """What several test files share: models, tokenizers, and a running service."""
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from fakes import engine_of
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from stream_generator.checkpoint import Checkpoint, load_checkpoint
-from stream_generator.engine import Engine
+from stream_generator.engine.engine import Engine
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.loading.load import load_checkpoint
 from stream_generator.loading.pypi_file import PypiFile, bring
 from stream_service.loopback import bypass_proxies
 
@@ -114,17 +114,14 @@ def running_service(
 
     settings = settings or Settings()
     engine = engine_of(checkpoint, max_waiting=max_waiting, slots=slots).start()
-    server = Server(bind("127.0.0.1", 0), max_body=settings.max_body)
+    server = Server(bind("127.0.0.1", 0), max_body=settings.max_body).start()
     app = create_app(engine, settings)
-    server.open(app, max_open=max_waiting + engine.max_running)
-    thread = threading.Thread(target=server.run)
-    thread.start()
+    server.open(app, max_open=engine.intake.requests)
     try:
         yield RunningService(f"http://127.0.0.1:{server.port}", engine, app)
     finally:
         engine.close()
-        server.stop()
-        thread.join()
+        server.close()
 
 
 @pytest.fixture

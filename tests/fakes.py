@@ -18,9 +18,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from stream_generator.checkpoint import Checkpoint
-from stream_generator.engine import Engine
-from stream_generator.model_runner import ModelRunner, runner_for
+from stream_generator.engine.engine import Engine
+from stream_generator.engine.model_runner import SoloRunner
+from stream_generator.engine.runners import runner_of
+from stream_generator.loaded_model import Checkpoint
 
 END, TURN = 256, 257  # ids of the byte tokenizer's two control tokens
 VOCABULARY = 258
@@ -121,8 +122,8 @@ def says(text: str) -> Callable[[list[int]], int]:
 
 def engine_of(checkpoint: Checkpoint, *, slots: int | None = None, **options: Any) -> Engine:
     """An engine with so many slots; it is not started."""
-    runner = runner_for(checkpoint.model, checkpoint.context_length, max_concurrent=slots)
-    assert isinstance(runner, ModelRunner), "the fake model fits the slot cache"
+    runner = runner_of(checkpoint, max_concurrent=slots)
+    assert not isinstance(runner, SoloRunner), "the fake model fits the slot cache"
     return Engine(checkpoint, runner=runner, **options)
 
 
@@ -136,7 +137,7 @@ class Gate:
     def __init__(self, inner: Callable[[list[int]], int]):
         self.inner = inner
         self.permits = threading.Semaphore(0)
-        self.computed = 0
+        self.num_computed_tokens = 0
         self.arrived = threading.Semaphore(0)  # released as each computation begins
 
     def __call__(self, ids: list[int]) -> int:
@@ -144,7 +145,7 @@ class Gate:
             return END
         self.arrived.release()
         assert self.permits.acquire(timeout=60), "nobody let the model go on"
-        self.computed += 1
+        self.num_computed_tokens += 1
         return self.inner(ids)
 
     def allow(self, tokens: int = 1) -> None:

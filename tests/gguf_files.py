@@ -29,7 +29,7 @@ def as_file_type(file_type: str) -> Encode:
             kind = Kind.F32
         elif file_type.endswith("_M") and name.split(".")[-2] in FINER:
             kind = Kind.Q6_K
-        return _quantize(data, kind), kind
+        return quantized(data, kind), kind
 
     return encode
 
@@ -59,7 +59,8 @@ def decoded(encode: Encode, name: str, data: numpy.ndarray) -> numpy.ndarray:
     return found
 
 
-def _quantize(data: numpy.ndarray, kind: Kind) -> numpy.ndarray:
+def quantized(data: numpy.ndarray, kind: Kind) -> numpy.ndarray:
+    """A tensor's blocks, of any common format."""
     own = {Kind.Q4_K: _q4_k, Kind.Q5_K: _q5_k, Kind.Q6_K: _q6_k}
     if kind not in own:  # the package writes them
         return quantize(data, kind)

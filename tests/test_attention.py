@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from stream_generator.attention import MANY_QUERIES, attend, for_groups
+from stream_generator.model.attention import MANY_QUERIES, attend, for_groups
 
 
 def by_the_formula(

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from stream_generator.chat import ChatFormat, Message
 from stream_generator.errors import InvalidRequest
+from stream_generator.text.chat import ChatFormat, Message
 
 
 @pytest.fixture(scope="module", params=["smollm2", "llama3"])

@@ -9,12 +9,13 @@ from conftest import tiny_llama
 from fakes import END, FakeModel, byte_tokenizer, fake_checkpoint, says
 from safetensors.torch import load_file, save_file
 
-from stream_generator.checkpoint import Checkpoint, load_checkpoint
-from stream_generator.engine import Engine
+from stream_generator.engine.engine import Engine
+from stream_generator.engine.model_runner import runner_for
 from stream_generator.errors import CheckpointError
 from stream_generator.generate import stream_generate
-from stream_generator.model_runner import runner_for
-from stream_generator.precision import preferred_dtype
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.loading.load import load_checkpoint
+from stream_generator.model.precision import preferred_dtype
 from stream_generator.sampling_params import SamplingParams
 
 
@@ -76,7 +77,9 @@ def test_weights_are_counted_as_they_are_loaded(
     directory = copy_without(saved, tmp_path / "model")
     weights = (directory / "model.safetensors").stat().st_size
     (directory / "consolidated.safetensors").write_bytes(b"x" * weights)
-    monkeypatch.setattr("stream_generator.checkpoint.free_memory", lambda device: weights)
+    monkeypatch.setattr(
+        "stream_generator.loading.transformers_model.free_memory", lambda device: weights
+    )
     assert load_checkpoint(str(directory), dtype="float32").parameters
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
@@ -102,7 +105,7 @@ def test_what_must_not_be_read_is_a_clear_error(
     def refuse(directory: Path) -> None:
         raise PermissionError(13, "Permission denied", str(directory))
 
-    monkeypatch.setattr("stream_generator.checkpoint.refuse_unsafe", refuse)
+    monkeypatch.setattr("stream_generator.loading.load.refuse_unsafe", refuse)
     with pytest.raises(CheckpointError, match=r"could not read .*Permission denied"):
         load_checkpoint(str(saved))
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import ServiceFactory
 from fakes import Gate, fake_checkpoint, says
 
-from stream_generator.sequence import FinishReason
+from stream_generator.request import FinishReason
 from stream_service.client import StreamClient, StreamError
 
 TIMEOUT = 60
@@ -52,7 +52,7 @@ def test_deltas_come_one_by_one_and_the_end_tells_the_rest(serve: ServiceFactory
     for n, expected in enumerate("ab", start=1):
         gate.allow()
         assert next(reply) == expected
-        assert gate.computed == n
+        assert gate.num_computed_tokens == n
     gate.allow()
     assert list(reply) == []
     assert reply.text == "ab"
@@ -97,10 +97,10 @@ def test_leaving_the_iterator_stops_the_generation(serve: ServiceFactory, way: s
         reply.close()
         reply.close()
     with service.engine._changed:
-        assert service.engine._changed.wait_for(lambda: stream.sequence.abort_requested, TIMEOUT)
+        assert service.engine._changed.wait_for(lambda: stream.request.abort_requested, TIMEOUT)
     gate.allow(1000)
     assert StreamClient(service.url).chat("hi", max_new_tokens=1)["response"] == "a"
-    assert stream.sequence.finish_reason is FinishReason.ABORT
+    assert stream.request.finish_reason is FinishReason.ABORT
 
 
 def test_a_refusal_is_raised_before_anything_is_read(serve: ServiceFactory) -> None:

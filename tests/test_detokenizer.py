@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from stream_generator.checkpoint import Checkpoint
-from stream_generator.detokenizer import MAX_INCOMPLETE, REPLACEMENT, Detokenizer, token_bytes
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.text.detokenizer import MAX_INCOMPLETE, REPLACEMENT, Detokenizer, token_bytes
 
 TEXTS = {
     "chinese": "彩虹是阳光经过水滴折射和反射后形成的。生僻字：𠮷、龘、㐂、𪚥。",

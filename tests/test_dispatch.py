@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from fakes import Gate, engine_of, fake_checkpoint, says
 
-from stream_generator.engine import Engine
+from stream_generator.engine.engine import Engine
 from stream_generator.errors import DuplicateRequest, EngineClosed, QueueFull
 from stream_generator.sampling_params import SamplingParams
 from stream_service.dispatch import MOST_RETRY_SECONDS, Dispatcher
@@ -80,11 +80,11 @@ def test_a_stop_that_comes_before_the_prompt_is_ready_ends_it_all_the_same() -> 
     engine = engine_of(fake_checkpoint(says("abc")), slots=1)
     dispatcher = Dispatcher(engine)
     admission = dispatcher.admit("early", None)
-    assert dispatcher.stop("early") is admission
+    assert dispatcher.abort("early") is admission
     (stream,) = admission.submit([PROMPT], SamplingParams())
     engine.step()
-    assert stream.sequence.finish_reason == "abort"
-    assert stream.sequence.output_ids == []
+    assert stream.request.finish_reason == "abort"
+    assert stream.request.output_ids == []
 
 
 def test_when_to_try_again_follows_from_how_long_requests_take() -> None:
@@ -96,7 +96,7 @@ def test_when_to_try_again_follows_from_how_long_requests_take() -> None:
     gate.allow(100)
     (stream,) = admission.submit([PROMPT], SamplingParams())
     list(stream)
-    stream.sequence.started_at = stream.sequence.finished_at - 7.5
+    stream.request.started_at = stream.request.finished_at - 7.5
     admission.release()
     assert dispatcher.retry_after() == 8
     dispatcher._seconds = 1e9

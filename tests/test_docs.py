@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import RunningService, running_service
 
-from stream_generator.checkpoint import Checkpoint
+from stream_generator.loaded_model import Checkpoint
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 120

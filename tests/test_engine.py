@@ -13,8 +13,9 @@ import torch
 from conftest import tiny_llama
 from fakes import Gate, byte_tokenizer, engine_of, fake_checkpoint, says
 
-from stream_generator.checkpoint import Checkpoint
-from stream_generator.engine import Engine
+from stream_generator.engine.engine import Engine
+from stream_generator.engine.model_runner import SoloRunner, runner_for
+from stream_generator.engine.token_stream import TokenStream
 from stream_generator.errors import (
     CheckpointError,
     DuplicateRequest,
@@ -26,10 +27,9 @@ from stream_generator.errors import (
     TimeLimitReached,
 )
 from stream_generator.generate import stream_generate
-from stream_generator.model_runner import SoloRunner, runner_for
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.request import FinishReason, QueuePosition, TokenOutput
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.sequence import FinishReason, QueuePosition, TokenOutput
-from stream_generator.token_stream import TokenStream
 
 PROMPT = list(b"assistant:")
 TIMEOUT = 60  # seconds before a test that hangs fails; nothing waits for it otherwise
@@ -80,8 +80,8 @@ def test_with_one_slot_requests_are_served_whole_and_in_the_order_they_came(
         for n, stream in enumerate(streams):
             seen += [n for o in drain(stream) if isinstance(o, TokenOutput)]
     assert seen == sorted(seen)
-    assert [s.sequence.text for s in streams] == ["abc"] * 3
-    assert [s.sequence.finish_reason for s in streams] == [FinishReason.STOP] * 3
+    assert [s.request.text for s in streams] == ["abc"] * 3
+    assert [s.request.finish_reason for s in streams] == [FinishReason.STOP] * 3
     assert engine.step() is False
 
 
@@ -97,7 +97,7 @@ def test_those_who_wait_are_told_their_place(engine: Engine) -> None:
     assert drain(first) == []
     assert drain(second) == [QueuePosition(1)]
     assert drain(third) == [QueuePosition(2)]
-    while not first.sequence.finish_reason:
+    while not first.request.finish_reason:
         engine.step()
     engine.step()
     assert QueuePosition(1) in drain(third)
@@ -137,8 +137,8 @@ def test_a_reader_who_leaves_while_waiting_is_dropped_before_the_next_token(engi
     assert [o.delta for o in drain(first)] == ["a", "b"]
     while engine.step():
         pass
-    assert third.sequence.text == "abc"
-    assert second.sequence.output_ids == []
+    assert third.request.text == "abc"
+    assert second.request.output_ids == []
 
 
 def test_a_reader_who_leaves_in_mid_reply_makes_room_for_the_next(engine: Engine) -> None:
@@ -147,13 +147,13 @@ def test_a_reader_who_leaves_in_mid_reply_makes_room_for_the_next(engine: Engine
     first.close()
     first.close()
     engine.step()
-    assert first.sequence.finish_reason is FinishReason.ABORT
-    assert first.sequence.text == "a"
+    assert first.request.finish_reason is FinishReason.ABORT
+    assert first.request.text == "a"
     while engine.step():
         pass
-    assert second.sequence.text == "abc"
+    assert second.request.text == "abc"
     first.close()
-    assert first.sequence.finish_reason is FinishReason.ABORT
+    assert first.request.finish_reason is FinishReason.ABORT
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -192,7 +192,7 @@ def test_the_first_token_leaves_before_the_second_is_computed(start: Any) -> Non
         gate.allow()
         output = stream.get(timeout=TIMEOUT)
         assert isinstance(output, TokenOutput)
-        assert (output.delta, gate.computed) == (expected, n)
+        assert (output.delta, gate.num_computed_tokens) == (expected, n)
     gate.allow()
     assert text(stream) == ""
 
@@ -207,7 +207,7 @@ def test_closing_a_stream_stops_the_computing_after_the_token_in_progress(start:
     gate.allow(100)
     outputs = list(stream)
     assert outputs[-1].finish_reason is FinishReason.ABORT
-    assert gate.computed <= 2, "at most one more than the one in progress"
+    assert gate.num_computed_tokens <= 2, "at most one more than the one in progress"
 
 
 def test_close_lets_nobody_hang(start: Any) -> None:
@@ -215,7 +215,7 @@ def test_close_lets_nobody_hang(start: Any) -> None:
     engine = start(gate)
     streams = [submit(engine) for _ in range(3)]
     assert gate.arrived.acquire(timeout=TIMEOUT)
-    assert engine.healthy
+    assert engine.life.is_healthy
     closing = threading.Thread(target=engine.close)
     closing.start()
     gate.allow(10)
@@ -223,7 +223,7 @@ def test_close_lets_nobody_hang(start: Any) -> None:
         with pytest.raises(EngineClosed, match="shutting down"):
             text(stream)
     closing.join(TIMEOUT)
-    assert not engine.healthy
+    assert not engine.life.is_healthy
     with pytest.raises(EngineClosed):
         submit(engine)
     with pytest.raises(EngineClosed):
@@ -242,7 +242,7 @@ def test_an_engine_whose_thread_dies_says_so_and_leaves_nobody_waiting(
     with pytest.raises(GenerationFailed, match="must be restarted"):
         text(submit(engine))
     engine._thread.join(TIMEOUT)
-    assert not engine.healthy
+    assert not engine.life.is_healthy
     with pytest.raises(EngineClosed):
         submit(engine)
 
@@ -274,7 +274,7 @@ def test_submits_from_many_threads_never_exceed_the_queue_and_lose_nothing() -> 
     assert (len(admitted), len(refused)) == (10, 190)
     while engine.step():
         pass
-    assert [stream.sequence.text for stream in admitted] == ["a"] * 10
+    assert [stream.request.text for stream in admitted] == ["a"] * 10
 
 
 def test_a_model_that_runs_alone_refuses_log_probabilities_by_name() -> None:
@@ -298,7 +298,7 @@ def test_requests_side_by_side_get_a_token_each_in_every_step() -> None:
     streams = [submit(engine) for _ in range(3)]
     for expected in ("a", "ab", "abc"):
         engine.step()
-        assert [s.sequence.text for s in streams] == [expected] * 3
+        assert [s.request.text for s in streams] == [expected] * 3
 
 
 def test_each_first_token_leaves_before_the_next_prompt_of_the_step_is_computed() -> None:
@@ -306,7 +306,7 @@ def test_each_first_token_leaves_before_the_next_prompt_of_the_step_is_computed(
     streams: list[TokenStream] = []
 
     def next_id(ids: list[int]) -> int:
-        seen.append([len(s.sequence.output_ids) for s in streams])
+        seen.append([len(s.request.output_ids) for s in streams])
         return says("abc")(ids)
 
     engine = engine_of(fake_checkpoint(next_id), slots=3)
@@ -323,11 +323,11 @@ def test_one_joins_and_one_leaves_between_any_two_steps() -> None:
     second, third = submit(engine), submit(engine)
     assert drain(third) == [QueuePosition(1)]
     engine.step()
-    assert (first.sequence.text, second.sequence.text) == ("ab", "a")
+    assert (first.request.text, second.request.text) == ("ab", "a")
     first.close()
     engine.step()
-    assert first.sequence.text == "ab"
-    assert (second.sequence.text, third.sequence.text) == ("ab", "a")
+    assert first.request.text == "ab"
+    assert (second.request.text, third.request.text) == ("ab", "a")
 
 
 def test_a_long_prompt_comes_in_chunks_and_the_others_go_on() -> None:
@@ -336,15 +336,15 @@ def test_a_long_prompt_comes_in_chunks_and_the_others_go_on() -> None:
     engine.step()
     long = engine.submit([1] * 900 + PROMPT, SamplingParams())
     steps = 0
-    while not long.sequence.is_prefilled:
-        before = len(first.sequence.output_ids)
+    while long.request.num_uncomputed_tokens:
+        before = len(first.request.output_ids)
         engine.step()
         steps += 1
-        assert len(first.sequence.output_ids) == before + 1
+        assert len(first.request.output_ids) == before + 1
     assert steps > 1
     long.close()
     engine.step()
-    assert long.sequence.finish_reason is FinishReason.ABORT
+    assert long.request.finish_reason is FinishReason.ABORT
 
 
 @pytest.mark.parametrize("when", ["in the prompt", "decoding"])
@@ -353,12 +353,12 @@ def test_a_slot_that_is_left_is_free_after_the_step(when: str) -> None:
     stream = engine.submit([1] * 900 + PROMPT, SamplingParams())
     engine.step()
     if when == "decoding":
-        while not stream.sequence.is_prefilled:
+        while stream.request.num_uncomputed_tokens:
             engine.step()
     stream.close()
     engine.step()
-    assert engine._prefixes.free == 1
-    assert stream.sequence.finish_reason is FinishReason.ABORT
+    assert engine._batch.free_slots == 1
+    assert stream.request.finish_reason is FinishReason.ABORT
 
 
 def test_a_thousand_who_come_and_go_at_random_leave_nothing_behind() -> None:
@@ -375,21 +375,21 @@ def test_a_thousand_who_come_and_go_at_random_leave_nothing_behind() -> None:
         if open_streams and rng.random() < 0.3:
             rng.choice(open_streams).close()
         engine.step()
-        ended += [s for s in open_streams if s.sequence.finish_reason]
-        open_streams = [s for s in open_streams if not s.sequence.finish_reason]
+        ended += [s for s in open_streams if s.request.finish_reason]
+        open_streams = [s for s in open_streams if not s.request.finish_reason]
     while engine.step():
         pass
-    assert engine._prefixes.free == 4
+    assert engine._batch.free_slots == 4
     assert not engine._streams
-    assert not engine._scheduler.running
-    assert not engine._scheduler.waiting
+    assert not engine.running
+    assert not engine._batch.waiting
     assert threading.active_count() == threads
     for stream in ended:
-        if stream.sequence.finish_reason is FinishReason.STOP:
-            assert stream.sequence.text == "abcdef"
+        if stream.request.finish_reason is FinishReason.STOP:
+            assert stream.request.text == "abcdef"
         else:
-            assert stream.sequence.finish_reason is FinishReason.ABORT
-            assert "abcdef".startswith(stream.sequence.text)
+            assert stream.request.finish_reason is FinishReason.ABORT
+            assert "abcdef".startswith(stream.request.text)
 
 
 class Failing:
@@ -452,7 +452,7 @@ def test_nan_in_one_row_fails_it_alone_and_poisons_no_slot(step: int) -> None:
     def poison(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         """Spoil the row that stands in slot 0 while the bad request has it."""
         rows = engine._runner._cache.layers[0].rows
-        hit = bad.sequence.finish_reason is None and len(bad.sequence.output_ids) >= step
+        hit = bad.request.finish_reason is None and len(bad.request.output_ids) >= step
         if hit and 0 in rows.slots:
             output = output.clone()
             output[rows.slots.index(0)] = torch.nan
@@ -465,13 +465,13 @@ def test_nan_in_one_row_fails_it_alone_and_poisons_no_slot(step: int) -> None:
     with pytest.raises(GenerationFailed, match="NaN"):
         text(bad)
     expected = untouched.generate(torch.tensor([[7, 8, 9]]), do_sample=False, max_new_tokens=12)
-    assert good.sequence.output_ids == expected[0, 3:].tolist()
+    assert good.request.output_ids == expected[0, 3:].tolist()
     after = engine.submit([7, 8, 9], params)
     beside = engine.submit([5] * 40, params)
     while engine.step():
         pass
-    assert after.sequence.output_ids == expected[0, 3:].tolist()
-    assert beside.sequence.finish_reason is FinishReason.LENGTH
+    assert after.request.output_ids == expected[0, 3:].tolist()
+    assert beside.request.finish_reason is FinishReason.LENGTH
 
 
 def test_what_the_memory_does_not_hold_is_refused_with_the_numbers() -> None:
@@ -490,8 +490,8 @@ def test_slots_follow_from_what_is_asked_for() -> None:
     stream = engine.submit([1] * 95, SamplingParams())
     while engine.step():
         pass
-    assert stream.sequence.finish_reason is FinishReason.LENGTH
-    assert len(stream.sequence.output_ids) == 5
+    assert stream.request.finish_reason is FinishReason.LENGTH
+    assert len(stream.request.output_ids) == 5
 
 
 def test_requests_that_come_together_with_one_prompt_compute_it_once() -> None:
@@ -500,7 +500,7 @@ def test_requests_that_come_together_with_one_prompt_compute_it_once() -> None:
     streams = [engine.submit(prompt, SamplingParams()) for _ in range(3)]
     while engine.step():
         pass
-    assert [s.sequence.cached_tokens for s in streams] == [0, 49, 49]
+    assert [s.request.num_cached_tokens for s in streams] == [0, 49, 49]
     assert [text(s) for s in streams] == ["abc"] * 3
 
 
@@ -515,7 +515,7 @@ def test_a_tokenizer_that_fails_on_one_reply_fails_that_request_alone() -> None:
 
         flush = decode
 
-    bad.sequence.detokenizer = Broken()  # type: ignore[assignment]
+    bad.request.detokenizer = Broken()  # type: ignore[assignment]
     while engine.step():
         pass
     with pytest.raises(GenerationFailed, match="TypeError"):
@@ -532,7 +532,7 @@ def test_one_who_leaves_the_queue_of_a_model_that_runs_alone_disturbs_nobody() -
     while engine.step():
         pass
     assert text(first) == "abc"
-    assert second.sequence.finish_reason is FinishReason.ABORT
+    assert second.request.finish_reason is FinishReason.ABORT
 
 
 def test_a_step_that_is_tried_again_draws_the_same_numbers() -> None:
@@ -546,18 +546,18 @@ def test_a_step_that_is_tried_again_draws_the_same_numbers() -> None:
         streams = [engine.submit([1, 2, n], params) for n in (3, 4)]
         decode, trouble = engine._runner.decode, [fails]
 
-        def flaky(sequences: Any, decode: Any = decode, trouble: Any = trouble) -> Any:
-            result = decode(sequences)
-            if len(sequences) == 2 and trouble and trouble.pop():
-                for sequence in sequences:
-                    sequence.computed -= 1
+        def flaky(requests: Any, decode: Any = decode, trouble: Any = trouble) -> Any:
+            result = decode(requests)
+            if len(requests) == 2 and trouble and trouble.pop():
+                for request in requests:
+                    request.num_computed_tokens -= 1
                 raise RuntimeError
             return result
 
         engine._runner.decode = flaky  # type: ignore[method-assign]
         while engine.step():
             pass
-        replies.append([s.sequence.output_ids for s in streams])
+        replies.append([s.request.output_ids for s in streams])
     assert replies[0] == replies[1]
 
 
@@ -577,15 +577,15 @@ def test_several_replies_to_one_prompt_compute_it_once_and_are_those_of_each_see
     assert [stream.id for stream in together] == ["r", "r#1", "r#2", "r#3"]
     while engine.step():
         pass
-    cached = [stream.sequence.cached_tokens for stream in together]
+    cached = [stream.request.num_cached_tokens for stream in together]
     assert cached == [0, *[len(PROMPT) - 1] * 3]
-    replies = [stream.sequence.output_ids for stream in together]
+    replies = [stream.request.output_ids for stream in together]
     for n, ids in enumerate(replies):
         alone = engine_of(checkpoint, slots=1)
         stream = alone.submit(PROMPT, params.model_copy(update={"seed": 5 + n}))
         while alone.step():
             pass
-        assert stream.sequence.output_ids == ids
+        assert stream.request.output_ids == ids
     assert len(set(map(tuple, replies))) > 1
 
 
@@ -620,9 +620,9 @@ def test_a_lost_device_ends_the_engine_at_once_and_everybody_is_told(when: str) 
     engine._runner.release = fails_too
     streams = [submit(engine), submit(engine)]
     engine.run()
-    assert engine.failed
+    assert engine.life.has_failed
     assert not engine.running
-    assert not engine.healthy
+    assert not engine.life.is_healthy
     for stream in streams:
         with pytest.raises(GenerationFailed, match="restarted"):
             list(stream)
@@ -654,8 +654,8 @@ def test_the_prompts_that_wait_are_bounded_in_tokens_too() -> None:
     with pytest.raises(QueueFull, match="too long in all"):
         for _ in range(100):
             taken.append(engine.submit(long, SamplingParams()))
-    assert sum(len(s.sequence.prompt_ids) for s in taken) <= engine.max_waiting_tokens
-    assert len(taken) == engine.max_waiting_tokens // 500
+    assert sum(len(s.request.prompt_ids) for s in taken) <= engine.intake.waiting_tokens
+    assert len(taken) == engine.intake.waiting_tokens // 500
     while engine.step():
         pass
     engine.submit(long, SamplingParams())
@@ -673,8 +673,8 @@ def test_racing_submits_exceed_neither_bound() -> None:
             except QueueFull:
                 refused.append(1)
             assert engine.waiting <= 304
-            waiting = list(engine._scheduler.waiting)
-            assert sum(len(s.prompt_ids) for s in waiting) <= engine.max_waiting_tokens
+            waiting = list(engine._batch.waiting)
+            assert sum(len(s.prompt_ids) for s in waiting) <= engine.intake.waiting_tokens
 
     with ThreadPoolExecutor(16) as pool:
         for racing in [pool.submit(submit_some) for _ in range(16)]:
@@ -688,15 +688,15 @@ def test_draining_finishes_what_is_there_and_takes_nothing_new(start: Any) -> No
     running, waiting = submit(engine), submit(engine)
     assert gate.arrived.acquire(timeout=TIMEOUT)
     engine.drain(seconds=TIMEOUT)
-    assert engine.healthy
-    assert not engine.accepting
+    assert engine.life.is_healthy
+    assert not engine.life.is_accepting
     with pytest.raises(EngineClosed, match="shutting down"):
         submit(engine)
     gate.allow(100)
     assert [text(running), text(waiting)] == ["abc", "abc"]
     engine._thread.join(timeout=TIMEOUT)
     assert not engine._thread.is_alive()
-    assert not engine.failed
+    assert not engine.life.has_failed
 
 
 def test_what_is_left_when_draining_has_lasted_too_long_is_told_so(start: Any) -> None:
@@ -715,10 +715,10 @@ def test_a_reply_ends_by_length_when_its_time_is_over_and_a_prompt_never_begins(
     engine = engine_of(fake_checkpoint(says("abc")), slots=1)
     first, second, third = submit(engine), submit(engine), submit(engine)
     engine.step()
-    first.sequence.deadline = second.sequence.deadline = 0.0  # long ago
+    first.request.deadline = second.request.deadline = 0.0  # long ago
     while engine.step():
         pass
-    assert (text(first), first.sequence.finish_reason) == ("ab", FinishReason.LENGTH)
+    assert (text(first), first.request.finish_reason) == ("ab", FinishReason.LENGTH)
     with pytest.raises(TimeLimitReached, match="time limit"):
         text(second)
     assert text(third) == "abc"
@@ -726,9 +726,9 @@ def test_a_reply_ends_by_length_when_its_time_is_over_and_a_prompt_never_begins(
 
 def test_each_request_has_the_time_that_the_engine_gives_it() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=1, max_seconds=50)
-    sequence = submit(engine).sequence
-    assert sequence.deadline == sequence.submitted_at + 50
-    assert submit(engine_of(fake_checkpoint(says("abc")), slots=1)).sequence.deadline is None
+    request = submit(engine).request
+    assert request.deadline == request.submitted_at + 50
+    assert submit(engine_of(fake_checkpoint(says("abc")), slots=1)).request.deadline is None
 
 
 def test_one_may_wait_until_another_ones_request_has_ended(start: Any) -> None:
@@ -738,8 +738,8 @@ def test_one_may_wait_until_another_ones_request_has_ended(start: Any) -> None:
     assert gate.arrived.acquire(timeout=TIMEOUT)
     stream.close()
     gate.allow()
-    engine.wait_until_ended(stream.sequence)
-    assert stream.sequence.finish_reason is FinishReason.ABORT
+    engine.wait_until_finished(stream.request)
+    assert stream.request.finish_reason is FinishReason.ABORT
 
 
 def test_a_step_that_hangs_is_no_sign_of_health(
@@ -749,9 +749,9 @@ def test_a_step_that_hangs_is_no_sign_of_health(
     engine = start(gate)
     submit(engine)
     assert gate.arrived.acquire(timeout=TIMEOUT)
-    assert engine.accepting
-    monkeypatch.setattr("stream_generator.engine.STUCK_SECONDS", 0.0)
-    assert not engine.accepting
+    assert engine.life.is_accepting
+    monkeypatch.setattr("stream_generator.engine.lifecycle.STUCK_SECONDS", 0.0)
+    assert not engine.life.is_accepting
     gate.allow(100)
 
 
@@ -761,8 +761,8 @@ def test_many_who_clear_at_once_are_served_by_one_clearing(start: Any) -> None:
     stream = submit(engine)
     assert gate.arrived.acquire(timeout=TIMEOUT)
     cleared = []
-    original = engine._prefixes.clear
-    engine._prefixes.clear = lambda: (cleared.append(1), original())
+    original = engine._batch.clear
+    engine._batch.clear = lambda: (cleared.append(1), original())
     threads = [threading.Thread(target=engine.clear) for _ in range(20)]
     for thread in threads:
         thread.start()

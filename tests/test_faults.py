@@ -105,7 +105,7 @@ def test_a_fault_at_any_token_fails_that_request_alone(service: RunningService, 
         neighbours = pool.map(neighbour, range(20))
         list(pool.map(one, range(65)))
         assert list(neighbours) == [REPLY] * 20
-    assert service.engine.accepting
+    assert service.engine.life.is_accepting
 
 
 def wait_until_idle(service: RunningService) -> None:
@@ -144,7 +144,7 @@ def test_two_hundred_who_leave_at_random_leave_nothing_behind(serve: ServiceFact
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(come_and_go, range(200)))
     wait_until_idle(service)
-    assert service.engine._prefixes.free == 4
+    assert service.engine._batch.free_slots == 4
     assert service.engine.waiting == 0
     # A place is given back when waitress has closed the answer, shortly after the engine is done.
     dispatcher = service.app.extensions["dispatcher"]

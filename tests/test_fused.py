@@ -7,7 +7,8 @@ import torch
 from conftest import tiny_llama
 from transformers import PreTrainedModel
 
-from stream_generator.fused import (
+from stream_generator.engine.model_runner import ModelRunner, runner_for
+from stream_generator.model.fused import (
     TOLERANCE,
     FusedDecoder,
     FusedLayer,
@@ -15,8 +16,6 @@ from stream_generator.fused import (
     RMSNorm,
     fuse,
 )
-from stream_generator.model_runner import ModelRunner, runner_for
-from stream_generator.quantization import PackedWeight, Packing
 
 
 def fused_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -69,29 +68,11 @@ def test_a_layer_that_computes_something_else_stays_and_says_so(
         FusedDecoder(model, 16)
 
 
-@pytest.mark.parametrize("keep_dense", [True, False])
-def test_a_float32_model_with_packed_weights_has_the_whole_fast_path(keep_dense: bool) -> None:
-    """Also where its output matrix is packed for one row, and dense, in float32, for four."""
-    model = tiny_llama(vocab_size=256)
-    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    bits = dict.fromkeys(names, 4) | {"lm_head": 8}
-    saved = {name: PackedWeight.of(model.get_submodule(name).weight, bits[name]) for name in names}
-    for name, weight in saved.items():
-        model.get_submodule(name).weight.data = weight.dense()
-    made = copy.deepcopy(model)
-    assert fuse(made, Packing(saved=saved, keep_dense=keep_dense))
-    FusedDecoder(made, 16)
-    ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
-        ours, theirs = made(ids).logits, model(ids).logits
-    assert float((ours - theirs).std() / theirs.std()) < TOLERANCE[torch.bfloat16]
-
-
 def test_where_onednn_refuses_a_dtype_the_layers_are_fused_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As with bfloat16 on a processor with AVX2 alone."""
-    monkeypatch.setattr("stream_generator.linear.can_reorder", lambda dtype: False)
+    monkeypatch.setattr("stream_generator.model.linear.can_reorder", lambda dtype: False)
     model = tiny_llama(vocab_size=256).bfloat16()
     made = fused_copy(model)
     assert all(isinstance(layer, FusedLayer) for layer in made.model.layers)

@@ -1,13 +1,26 @@
 """The loop: transformers' ids, one step at a time."""
 
+import gc
+import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_llama
-from fakes import END, FakeModel, byte_tokenizer, fake_checkpoint, says
+from fakes import (
+    END,
+    FakeModel,
+    Gate,
+    byte_tokenizer,
+    fake_checkpoint,
+    is_complete_prompt,
+    reply_of,
+    says,
+)
 from pydantic import ValidationError
 from transformers import (
     AutoModelForCausalLM,
@@ -25,9 +38,18 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from stream_generator.errors import GenerationFailed, InvalidRequest, PromptTooLong
-from stream_generator.generate import init_stream_support, stream_generate, stream_sample
-from stream_generator.sequence import FinishReason
+from stream_generator.engine.engine import Engine
+from stream_generator.errors import (
+    EngineClosed,
+    GenerationFailed,
+    InvalidRequest,
+    PromptTooLong,
+)
+from stream_generator.generate import _replies_of, init_stream_support, stream_generate
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.loop import stream_sample
+from stream_generator.request import FinishReason, TokenOutput
+from stream_generator.sampling_params import SamplingParams
 
 PAD, START = 0, 1
 
@@ -491,3 +513,147 @@ def test_what_cannot_be_served_is_refused_before_anything_is_computed() -> None:
     with pytest.raises(ValidationError):
         stream_generate(model, tokenizer, [1], temprature=1)
     assert forwards() == 0
+
+
+def checkpoint_of_noise() -> Checkpoint:
+    return Checkpoint.of(tiny_llama(), byte_tokenizer())
+
+
+def test_replies_of_a_checkpoint_are_the_engines_however_they_are_read() -> None:
+    checkpoint = checkpoint_of_noise()
+    asked = [{"max_new_tokens": 9 + n, "temperature": 1.0, "seed": n} for n in range(6)]
+    engine = Engine(checkpoint)
+    streams = [engine.submit([5, 6, 7], SamplingParams(**fields)) for fields in asked]
+    while engine.step():
+        pass
+    expected = [list(stream) for stream in streams]
+
+    replies = [stream_generate(checkpoint, [5, 6, 7], **fields) for fields in asked]
+    in_turn: list[list[TokenOutput]] = [[] for _ in asked]
+    for _ in range(20):
+        for outputs, reply in zip(in_turn, replies, strict=True):
+            outputs.extend(itertools.islice(reply, 1))
+    assert in_turn == expected
+
+    with ThreadPoolExecutor(max_workers=len(asked)) as pool:
+        together = pool.map(lambda f: list(stream_generate(checkpoint, [5, 6, 7], **f)), asked)
+    assert list(together) == expected
+
+
+def test_replies_that_are_read_at_the_same_time_are_computed_together() -> None:
+    checkpoint = checkpoint_of_noise()
+    list(stream_generate(checkpoint, [5, 6, 7], max_new_tokens=2))  # so that its engine is there
+    forwards = counting(checkpoint.model)
+    fields: dict[str, Any] = {"max_new_tokens": 20, "min_new_tokens": 20}
+    replies = [stream_generate(checkpoint, [5, 6, n], **fields) for n in range(8, 12)]
+    for outputs in zip(*replies, strict=True):
+        assert all(outputs)
+    assert forwards() == 4 + 19 + 3, "the prompts, then steps for all; the last begins three later"
+
+    before = forwards()
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        replies = [stream_generate(checkpoint, [9, 6, n], **fields) for n in range(8, 12)]
+        assert [len(outputs) for outputs in pool.map(list, replies)] == [20] * 4
+    assert forwards() - before < 4 * 20
+
+
+def test_more_replies_than_can_wait_are_all_given() -> None:
+    checkpoint = checkpoint_of_noise()
+    replies = [stream_generate(checkpoint, [5, 6, 7], max_new_tokens=9) for _ in range(60)]
+    for reply in replies:
+        next(reply)
+    assert {len(list(reply)) for reply in replies} == {8}
+
+
+def test_a_reply_that_is_there_does_not_wait_for_another_readers_step() -> None:
+    gate = Gate(says("abcdef"))
+    checkpoint = fake_checkpoint(gate)
+    messages = [{"role": "user", "content": "?"}]
+    gate.permits.release(5)
+    one, other = (stream_generate(checkpoint, messages) for _ in range(2))
+    assert [next(reply).delta for reply in (one, other, one, one)] == ["a", "a", "b", "c"]
+    for _ in range(5):
+        gate.arrived.acquire()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        fourth = pool.submit(next, one)
+        assert gate.arrived.acquire(timeout=60), "a step that is not let go on"
+        assert next(other).delta == "b"
+        gate.permits.release(100)
+        assert fourth.result().delta == "d"
+
+
+def test_an_interrupted_step_spoils_no_other_reply() -> None:
+    interrupts = [KeyboardInterrupt()]
+
+    def next_id(ids: list[int]) -> int:
+        if reply_of(ids) == 2 and is_complete_prompt(ids) and interrupts:
+            raise interrupts.pop()
+        return says("abcdef")(ids)
+
+    checkpoint = fake_checkpoint(next_id)
+    messages = [{"role": "user", "content": "?"}]
+    one, other = (stream_generate(checkpoint, messages) for _ in range(2))
+    assert next(one).delta + next(other).delta == "aa"
+    with pytest.raises(KeyboardInterrupt):
+        list(one)
+    with pytest.raises(EngineClosed, match="interrupted"):
+        list(other)
+    assert "".join(o.delta for o in stream_generate(checkpoint, messages)) == "abcdef"
+
+
+def test_a_reply_that_is_left_or_never_begun_is_not_computed_on() -> None:
+    checkpoint = checkpoint_of_noise()
+    left = stream_generate(checkpoint, [5, 6, 7], max_new_tokens=1000)
+    next(left)
+    left.close()
+    stream_generate(checkpoint, [5, 6, 7])
+    list(stream_generate(checkpoint, [8, 9], max_new_tokens=2))
+    forwards = counting(checkpoint.model)
+    list(stream_generate(checkpoint, [5, 6, 7], max_new_tokens=3))
+    assert forwards() == 3
+    assert _replies_of(checkpoint).engine.running == 0
+
+
+def test_a_checkpoint_that_nobody_uses_is_let_go() -> None:
+    checkpoint = checkpoint_of_noise()
+    list(stream_generate(checkpoint, [5, 6, 7], max_new_tokens=3))
+    gone = weakref.ref(checkpoint)
+    del checkpoint
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_a_checkpoint_cannot_serve_is_refused_before_anything_is_computed() -> None:
+    checkpoint = checkpoint_of_noise()
+    with pytest.raises(PromptTooLong):
+        stream_generate(checkpoint, [1] * 10_000)
+    with pytest.raises(ValidationError):
+        stream_generate(checkpoint, [1], temperature=-1)
+    with pytest.raises(TypeError):
+        stream_generate(checkpoint, [1], SamplingParams(), temperature=1)
+    with pytest.raises(TypeError):
+        stream_generate(checkpoint)  # type: ignore[call-overload]
+    alone = Checkpoint.of(family("mamba"), byte_tokenizer())
+    with pytest.raises(InvalidRequest, match="log-probabilities"):
+        stream_generate(alone, [1], logprobs=1)
+
+
+def test_packed_weights_run_on_their_graph(demo: Checkpoint) -> None:
+    messages = [{"role": "user", "content": "Name a colour."}]
+    fields: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12, "logprobs": 1}
+    engine = Engine(demo)
+    stream = engine.submit(demo.chat.encode(messages), SamplingParams(**fields))
+    while engine.step():
+        pass
+    reply = list(stream_generate(demo, messages, **fields))
+    assert reply == list(stream)
+    choice = reply[0].choice
+    assert choice is not None
+    assert choice.logprob is not None, "which the dense model's loop does not give"
+
+
+def test_an_end_id_that_the_vocabulary_lacks_does_not_break_a_least_length() -> None:
+    checkpoint = checkpoint_of_noise()
+    assert max(checkpoint.end_ids) >= checkpoint.vocab_size
+    fields: dict[str, Any] = {"min_new_tokens": 3, "max_new_tokens": 5, "temperature": 0}
+    assert len(list(stream_generate(checkpoint, [5, 6, 7], **fields))) == 5

@@ -16,11 +16,12 @@ from gguf_files import as_file_type, decoded, name_in_file, write_gguf
 from test_layouts import BEGIN, END_OF_TURN, VOCABULARY, tokenizer_file
 from transformers import PreTrainedModel
 
-from stream_generator import processor, quantization
-from stream_generator.checkpoint import load_checkpoint
+from stream_generator.engine.graph_runner import GraphRunner
 from stream_generator.errors import CheckpointError
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.loading.load import load_checkpoint
 from stream_generator.loading.meta_checkpoint import meta_tokenizer
-from stream_generator.quantization import MANY_ROWS, ByRows, PackedLinear
+from stream_generator.model.saved_graph import SavedGraph
 
 FILE_TYPES = ["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_1", "Q4_0"]
 FLOATS = {"F32", "F16", "BF16"}
@@ -43,11 +44,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @torch.inference_mode()
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    """After 60 ids, which are few enough to meet packed weights, and after many."""
-    ids = torch.arange(200, 200 + MANY_ROWS)[None]
-    parts = [model(input_ids=x).logits.float() for x in (ids[:, :60], ids)]
-    return torch.cat(parts, dim=1)
+def logits(checkpoint: Checkpoint | PreTrainedModel) -> torch.Tensor:
+    """After each of some ids: by the graph of a checkpoint, if it has one."""
+    ids = torch.arange(200, 260)
+    if isinstance(checkpoint, PreTrainedModel):
+        return checkpoint(input_ids=ids[None]).logits[0].float()
+    if checkpoint.graph is None:
+        return logits(checkpoint.model)
+    runner = GraphRunner(SavedGraph.load(checkpoint.graph), slots=1, context=len(ids))
+    return runner.chunk(0, 0, ids.tolist(), range(len(ids)))
 
 
 def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -66,11 +71,9 @@ def test_a_model_is_what_its_blocks_stand_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setitem(quantization.DENSE_SHARE, "cpu", 0)  # packed weights alone
-    monkeypatch.setattr(processor, "has_packed_kernels", lambda: True)  # also where it is slow
     encode = as_file_type(file_type)
     path = write_gguf(model, tokenizer, tmp_path / f"{file_type}.gguf", encode)
-    loaded = load_checkpoint(str(path), quantize, dtype="float32").model
+    loaded = load_checkpoint(str(path), quantize, dtype="float32")
     # The same blocks, as the package of GGUF itself reads them.
     blocks = copy.deepcopy(model)
     for name, weight in blocks.state_dict().items():
@@ -78,12 +81,11 @@ def test_a_model_is_what_its_blocks_stand_for(
         weight.copy_(torch.from_numpy(data).view_as(weight))
     ideal, original = logits(blocks), logits(model)
     ours = logits(loaded)
-    # Roundings to bfloat16, and in six bits of scales for 16 weights to scales for 32.
-    assert off(ours, ideal) < 0.03
-    assert off(ours, original) < 1.1 * off(ideal, original) + 0.01
-    products = [getattr(x, n) for x in loaded.model.layers for n in ("qkv", "gate_up", "down")]
-    packed = [p for p in products if isinstance(p, (ByRows, PackedLinear))]
-    assert len(packed) == (6 if quantize == "auto" and file_type not in FLOATS else 0)
+    runs_packed = quantize == "auto" and file_type not in FLOATS
+    assert (loaded.graph is not None) == runs_packed
+    # On the graph, inputs of products are rounded to eight bits; dense weights, to bfloat16.
+    assert off(ours, ideal) < (0.06 if runs_packed else 0.03)
+    assert off(ours, original) < 1.1 * off(ideal, original) + (0.03 if runs_packed else 0.01)
 
 
 def test_a_file_is_known_by_its_content_not_by_its_name(

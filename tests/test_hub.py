@@ -149,7 +149,7 @@ def hub(models: Path, asked: list[str]) -> Iterator[str]:
 
 SCRIPT = """
 import sys
-from stream_generator.checkpoint import load_checkpoint
+from stream_generator.loading.load import load_checkpoint
 from stream_generator.errors import CheckpointError
 for source in sys.argv[1:]:
     name, _, pickle = source.partition(" ")

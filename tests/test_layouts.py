@@ -11,11 +11,16 @@ from conftest import tiny_llama
 from gguf_files import neighbours, write_gguf
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stream_generator.checkpoint import Checkpoint, load_checkpoint
 from stream_generator.errors import CheckpointError
-from stream_generator.loading.layout import locate
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.loading.graph_build import build_graph
+from stream_generator.loading.layout import locate, weights_in
+from stream_generator.loading.load import load_checkpoint
 from stream_generator.loading.meta_checkpoint import meta_tokenizer
 from stream_generator.loading.untrusted import refuse_unsafe
+from stream_generator.loading.weights import PackedOnTheWay, SafetensorsWeights
+from stream_generator.model.packed_weight import packed_size
+from stream_generator.model.saved_graph import WEIGHTS
 
 HEADS, KEY_HEADS, SIZE, LAYERS, HIDDEN = 4, 2, 16, 2, 64
 SCALED = {
@@ -318,13 +323,54 @@ def test_a_link_out_of_the_directory_is_refused_but_the_hubs_own_are_not(tmp_pat
     refuse_unsafe(snapshot)
 
 
-def test_what_does_not_fit_is_refused_with_the_numbers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# A model of 328,000 bytes in bfloat16, of 191,000 in eight bits and of 136,000 in four.
+PACKABLE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+OTHER_HEADS = {"num_attention_heads": 8}
+DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+NONE = r"use a machine with more memory, or a smaller model$"
+
+
+@pytest.mark.parametrize(
+    ("free", "shape", "options", "remedy"),
+    [
+        (200_000, {}, {}, r"use --quantize int8 \(0\.0 GB\) or --quantize int4 \(0\.0 GB\)$"),
+        (150_000, {}, {}, r"use --quantize int4 \(0\.0 GB\)$"),
+        (150_000, {}, {"dtype": "bfloat16"}, r"use --quantize int4 \(0\.0 GB\) without --dtype$"),
+        (100_000, {}, {}, NONE),
+        (200_000, {}, {"device_map": "cpu"}, NONE),
+        (200_000, OTHER_HEADS, {}, NONE),
+        (200_000, DYNAMIC, {}, NONE),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_would(
+    tmp_path: Path,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    shape: dict[str, Any],
+    options: dict[str, Any],
+    remedy: str,
 ) -> None:
-    path = checkpoint_with(tmp_path, "config.json", {})
-    monkeypatch.setattr("stream_generator.checkpoint.free_memory", lambda device: 1000)
-    with pytest.raises(CheckpointError, match=r"take 0\.0 GB of memory, but 0\.0 GB are free"):
-        load_checkpoint(path)
+    tiny_llama(**PACKABLE | shape).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        "stream_generator.loading.transformers_model.free_memory", lambda device: free
+    )
+    with pytest.raises(CheckpointError, match=r"0\.\d GB of memory, but 0\.\d GB.*; " + remedy):
+        load_checkpoint(str(tmp_path), **{"device": "cpu", **options})
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_size_of_packed_weights_is_what_they_take(
+    tmp_path: Path, bits: int, tied: bool
+) -> None:
+    model = tiny_llama(**PACKABLE | {"vocab_size": 1024, "tie_word_embeddings": tied})
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    weights = PackedOnTheWay(SafetensorsWeights(weights_in(tmp_path)), bits)
+    build_graph(model.config, weights, tmp_path / "graph")
+    taken = (tmp_path / "graph" / WEIGHTS).stat().st_size
+    assert packed_size(model.config, model.num_parameters(), bits) == pytest.approx(taken, rel=0.05)
 
 
 def test_a_name_and_a_dtype_may_be_given(tmp_path: Path, tokenizer: Any) -> None:

@@ -11,7 +11,7 @@ import pytest
 import requests
 import torch
 
-from stream_generator.checkpoint import Checkpoint
+from stream_generator.loaded_model import Checkpoint
 from stream_generator.loading.demo_model import DEMO_GGUF
 from stream_generator.loading.pypi_file import bring
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from conftest import LLAMA3_TOKENIZER
 
-from stream_generator.chat import ChatFormat, MetaChatFormat
 from stream_generator.loading.cache import cache_directory, made_once
 from stream_generator.loading.meta_checkpoint import SPECIAL_TOKENS, meta_tokenizer
 from stream_generator.loading.pypi_file import bring, download_wheel
+from stream_generator.text.chat import ChatFormat, MetaChatFormat
 
 CONVERSATIONS = 2500
 PIECES = [

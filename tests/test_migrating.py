@@ -15,7 +15,7 @@ from requests.adapters import HTTPAdapter
 from test_docs import TIMEOUT, run_example
 from urllib3.util import Retry
 
-from stream_generator.checkpoint import Checkpoint
+from stream_generator.loaded_model import Checkpoint
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(

@@ -15,7 +15,7 @@ from fakes import FakeModel, Gate, byte_tokenizer, fake_checkpoint, says
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stream_generator.checkpoint import Checkpoint
+from stream_generator.loaded_model import Checkpoint
 from stream_service.settings import Settings
 
 TIMEOUT = 60
@@ -288,13 +288,13 @@ def test_a_client_that_runs_out_of_time_leaves_and_its_slot_is_free(serve: Servi
     service = serve(fake_checkpoint(gate), slots=1)
     with client_of(service, timeout=0.2) as client, pytest.raises(openai.APITimeoutError):
         client.chat.completions.create(model="fake", messages=HI)
-    (sequence,) = service.engine._scheduler.running
-    ended = threading.Thread(target=service.engine.wait_until_ended, args=[sequence])
+    (request,) = (stream.request for stream in service.engine._streams.values())
+    ended = threading.Thread(target=service.engine.wait_until_finished, args=[request])
     ended.start()
     while ended.is_alive():  # a token a turn, until the leaving is noticed
         gate.allow()
         ended.join(0.01)
-    assert sequence.finish_reason == "abort" or sequence.output_ids == list(b"abc")
+    assert request.finish_reason == "abort" or request.output_ids == list(b"abc")
 
 
 TINY = Checkpoint.of(tiny_llama(vocab_size=258), byte_tokenizer(), "tiny")

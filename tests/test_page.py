@@ -34,7 +34,6 @@ from stream_service.client import StreamClient
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 60
-NOTHING_CHOSEN = ("", None, None, None, None, None, None, None, "")
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def kept(shown: dict[Any, Any]) -> list[str]:
 
 
 def ask(message: str, value: Any = None, with_tokens: bool = False) -> dict[Any, Any]:
-    return outcome(page.send(value, message, None, with_tokens, None, *NOTHING_CHOSEN))
+    return outcome(page.send(value, message, None, with_tokens, None))
 
 
 def test_a_message_is_answered_and_the_conversation_kept(serve: ServiceFactory, at: Any) -> None:
@@ -72,12 +71,12 @@ def test_a_message_is_answered_and_the_conversation_kept(serve: ServiceFactory, 
     assert kept(ask("more", shown[page.shelf])) == ["hi", "彩虹!", "more", "彩虹!"]
     assert shown[page.box] == gr.update(submit_btn=True, stop_btn=False)
     assert shown[page.lane] is None
-    assert outcome(page.send(None, "  ", None, False, None, *NOTHING_CHOSEN)) == gr.skip()
+    assert outcome(page.send(None, "  ", None, False, None)) == gr.skip()
 
 
 def test_the_visitors_message_is_kept_before_its_reply(serve: ServiceFactory, at: Any) -> None:
     at(serve(fake_checkpoint(says("a"))).url)
-    first = next(page.send(None, "hi", None, False, None, *NOTHING_CHOSEN))
+    first = next(page.send(None, "hi", None, False, None))
     assert kept(first) == ["hi"]
     assert first[page.box]["stop_btn"] is True
     assert first[page.lane]
@@ -85,19 +84,18 @@ def test_the_visitors_message_is_kept_before_its_reply(serve: ServiceFactory, at
 
 def test_retry_edit_undo_and_going_on(serve: ServiceFactory, at: Any) -> None:
     at(serve(fake_checkpoint(says("abcd"))).url)
-    short = (*NOTHING_CHOSEN[:6], 2, None, "")
-    about = page.ask_about()
-    cut = outcome(page.send(None, "hi", about, False, None, *short))
+    short = Conversation(settings=Settings(max_new_tokens=2)).model_dump()
+    cut = ask("hi", short)
     assert kept(cut) == ["hi", "ab"]
     value = cut[page.shelf]
-    context = (value, about, False, None)
-    on = outcome(page.go_on(*context, SimpleNamespace(value="go_on"), *NOTHING_CHOSEN))
+    context = (value, page.ask_about(), False, None)
+    on = outcome(page.go_on(*context, SimpleNamespace(value="go_on")))
     assert kept(on) == ["hi", "abcd"]
-    again = outcome(page.go_on(*context, SimpleNamespace(value="again"), *NOTHING_CHOSEN))
-    assert kept(again) == ["hi", "abcd"]
-    assert kept(outcome(page.retry(*context, *short))) == ["hi", "ab"]
+    again = outcome(page.go_on(*context, SimpleNamespace(value="again")))
+    assert kept(again) == ["hi", "ab"]
+    assert kept(outcome(page.retry(*context))) == ["hi", "ab"]
     change = SimpleNamespace(index=0, value="h\u2060o")
-    assert kept(outcome(page.edit(*context, change, *short))) == ["ho", "ab"]
+    assert kept(outcome(page.edit(*context, change))) == ["ho", "ab"]
     undone = page.undo(value, None)
     assert (kept(undone), undone[page.box]) == ([], "hi")
 
@@ -110,10 +108,10 @@ def test_another_token_can_be_taken(serve: ServiceFactory, at: Any) -> None:
     other = shown[page.tokens][1].model_copy(update={"alternatives": (Alternative("Z", 0.1),)})
     tokens = (*shown[page.tokens][:1], other, *shown[page.tokens][2:])
     choice = SimpleNamespace(token=1, choice=0)
-    after = outcome(page.take(shown[page.shelf], None, tokens, None, choice, *NOTHING_CHOSEN))
+    after = outcome(page.take(shown[page.shelf], None, tokens, None, choice))
     assert kept(after) == ["hi", "aZcd"]
     assert [token.text for token in after[page.tokens]] == ["a", "Z", "c", "d"]
-    stale = outcome(page.take(None, None, tokens, None, choice, *NOTHING_CHOSEN))
+    stale = outcome(page.take(None, None, tokens, None, choice))
     assert stale == gr.skip()
 
 
@@ -147,6 +145,8 @@ def test_settings_that_this_model_does_not_allow_are_shown_as_the_nearest_it_doe
     assert shown[fields["max_new_tokens"]]["value"] == 512
     assert shown[fields["temperature"]]["value"] == 0
     assert shown[fields["seed"]]["value"] is None
+    used = ask("hi", shown[page.shelf])[page.shelf]["turns"][-1]["figures"]["params"]
+    assert used["max_new_tokens"] == 512 - 18, "the prompt has 18"
 
 
 def test_what_is_too_large_to_be_kept_goes_back_into_the_box(
@@ -165,7 +165,7 @@ def test_a_message_is_not_edited_away(serve: ServiceFactory, at: Any) -> None:
     at(serve(fake_checkpoint(says("a"))).url)
     value = ask("hi")[page.shelf]
     change = SimpleNamespace(index=0, value=" ")
-    shown = outcome(page.edit(value, None, False, None, change, *NOTHING_CHOSEN))
+    shown = outcome(page.edit(value, None, False, None, change))
     assert list(shown) == [page.chat]
     assert len(shown[page.chat]) == 3
 
@@ -175,8 +175,8 @@ def test_what_gives_nothing_changes_nothing(serve: ServiceFactory, at: Any) -> N
     at(serve(fake_checkpoint(says("a"))).url)
     choice = gr.EventData(None, {"token": 0, "choice": 0})
     value = Conversation().asked("hi").model_dump()
-    assert list(page.send(value, " ", None, False, None, *NOTHING_CHOSEN)) == [gr.skip()]
-    assert list(page.take(value, None, (), None, choice, *NOTHING_CHOSEN)) == [gr.skip()]
+    assert list(page.send(value, " ", None, False, None)) == [gr.skip()]
+    assert list(page.take(value, None, (), None, choice)) == [gr.skip()]
 
 
 def test_a_service_that_is_away_is_said_and_the_conversation_still_opens(at: Any) -> None:
@@ -197,13 +197,25 @@ def test_only_settings_that_differ_from_the_models_own_are_chosen() -> None:
     )  # fmt: skip
 
 
+def test_a_message_goes_with_its_conversations_settings_whatever_the_fields_show(
+    serve: ServiceFactory, at: Any
+) -> None:
+    at(serve(fake_checkpoint(says("abcd"))).url)
+    about = page.ask_about()
+    fields = ("", 0.6, 1.0, 0, 0, 1, 3, None, "")
+    changed = page.keep_settings(None, about, *fields).props["set"]
+    assert changed["settings"]["max_new_tokens"] == 3
+    conversation = Conversation(id=changed["id"], settings=Settings(**changed["settings"]))
+    assert kept(ask("hi", conversation.model_dump())) == ["hi", "abc"]
+
+
 def test_settings_outlive_a_service_that_was_away(serve: ServiceFactory, at: Any) -> None:
     at("http://127.0.0.1:9")
     value = Conversation().with_settings(Settings(temperature=0.5)).model_dump()
-    away = outcome(page.send(value, "hi", None, False, None, *NOTHING_CHOSEN))
+    away = outcome(page.send(value, "hi", None, False, None))
     assert "is not there" in away[page.status]
     at(serve(fake_checkpoint(says("a"))).url)
-    back = outcome(page.send(away[page.shelf], "hi", None, False, None, *NOTHING_CHOSEN))
+    back = outcome(page.send(away[page.shelf], "hi", None, False, None))
     assert "fake" in back[page.status]
     assert back[page.controls.fields["temperature"]]["value"] == 0.5
     assert back[page.shelf]["turns"][-1]["figures"]["params"]["temperature"] == 0.5

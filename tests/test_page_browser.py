@@ -5,6 +5,7 @@ python -m pytest -m browser        (wants a Chromium: apt-get install chromium)
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,12 @@ def send(page: Page, text: str) -> None:
     page.keyboard.press("Enter")
 
 
+def halt(page: Page) -> None:
+    """Stop the reply that `writing` waits for; it may have ended by itself by now."""
+    page.wait_for_function("window.began")
+    page.evaluate("document.querySelector('#box .stop-button')?.click()")
+
+
 def answers(page: Page) -> Locator:
     """The model's texts, without the lines of figures."""
     return page.locator(
@@ -153,6 +160,15 @@ def figure(service: Process, name: str) -> float:
     return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
 
 
+def wait_for_figure(service: Process, name: str, value: float) -> None:
+    """Ask until a figure has this value; it fails after a minute."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if figure(service, name) == value:
+            return
+    raise AssertionError(f"{name} is {figure(service, name)}, not {value}")
+
+
 @contextmanager
 def both_places_taken(service: Process) -> Iterator[None]:
     client = StreamClient(service.url)
@@ -196,7 +212,7 @@ def test_stop_ends_a_reply_and_keeps_what_had_come(visitor: Any, service: Proces
         page.locator("#box .stop-button").click()
     expect(meters(page).last).to_contain_text("stopped")
     assert answers(page).last.inner_text()
-    assert figure(service, "llm_requests_running") == 0
+    wait_for_figure(service, "llm_requests_running", 0)
     expect(chosen(page, "Continue")).to_be_visible()
 
 
@@ -248,9 +264,9 @@ def test_conversations_outlive_a_reload_and_a_restart_of_the_page(
     expect(answers(page)).to_have_text(answer)
     page.get_by_role("button", name="New conversation").click()
     expect(page.locator("#chat .message-row")).to_have_count(0)
-    with writing(page):  # which nothing here limits
+    with writing(page):
         send(page, "And cats?")
-        page.locator("#box .stop-button").click()
+        halt(page)  # nothing else limits it
     expect(page.locator(".shelf .open")).to_have_text(["And cats?", "Tell me about rainbows."])
     address.kill()
     address.start()
@@ -281,6 +297,27 @@ def test_settings_are_kept_with_their_conversation_and_used(visitor: Any) -> Non
     page.get_by_role("button", name="Settings").click()
     expect(page.get_by_label("Maximum tokens")).to_have_value("5")
     expect(page.get_by_label("Seed")).to_have_value("11")
+
+
+def test_a_message_that_is_sent_before_the_settings_are_shown_goes_with_them(visitor: Any) -> None:
+    page = visitor(talk(), max_new_tokens=5, temperature=0)
+    page.add_init_script(
+        """addEventListener("DOMContentLoaded", () => {
+            new MutationObserver((_, observer) => {
+                const text = document.querySelector("#box textarea");
+                if (!text || !window.lane) return;
+                observer.disconnect();
+                text.value = "Early.";
+                text.dispatchEvent(new Event("input"));
+                const enter = { key: "Enter", bubbles: true };
+                text.dispatchEvent(new KeyboardEvent("keypress", enter));
+            }).observe(document.body, { childList: true, subtree: true });
+        })"""
+    )
+    page.reload()
+    page.locator("#chat summary").last.click()
+    expect(page.locator("#chat .meter dl").last).to_contain_text("max_new_tokens5")
+    expect(page.locator("#chat .user-row")).to_have_text(["What is the sea?", "Early."])
 
 
 def test_numbers_out_of_bounds_are_said_and_become_the_nearest(visitor: Any) -> None:
@@ -345,7 +382,7 @@ def test_who_scrolls_up_is_left_there_while_the_reply_grows(visitor: Any) -> Non
         top, end = page.evaluate(place)
         page.wait_for_function(f"() => ({place})()[1] > {end}")
         assert page.evaluate(place)[0] <= top
-        page.locator("#box .stop-button").click()
+        halt(page)
 
 
 def test_a_message_without_a_reply_has_a_way_on(visitor: Any) -> None:
@@ -468,7 +505,7 @@ def test_a_service_that_is_killed_in_mid_reply_is_said_and_the_text_kept(
         chosen(page, "Continue").click()
         expect(page.locator("#chat .notice")).to_have_count(0)
         expect(answers(page)).not_to_have_text(text)
-        page.locator("#box .stop-button").click()
+        halt(page)
     assert answers(page).inner_text().startswith(text)
 
 
@@ -493,15 +530,13 @@ def test_opening_another_conversation_ends_the_reply_in_this_one(
     page.get_by_role("button", name="New conversation").click()
     expect(page.locator("#chat .message-row")).to_have_count(0)
     expect(page.locator("#box .submit-button")).to_be_visible()
-    while figure(service, "llm_requests_running"):
-        pass
+    wait_for_figure(service, "llm_requests_running", 0)
     with both_places_taken(service):
         send(page, "Never mind.")
         expect(meters(page).last).to_contain_text("Place 1 in the queue")
         page.locator(".shelf .open", has_text=ASK).click()
         expect(page.locator("#chat .user-row")).to_have_text(re.compile(ASK))
-        while figure(service, "llm_requests_waiting"):
-            pass
+        wait_for_figure(service, "llm_requests_waiting", 0)
         assert figure(service, "llm_requests_running") == 2, "the others have not ended"
     expect(page.locator(".shelf .open")).to_have_text(["Never mind.", ASK])
     expect(page.locator("#chat .user-row")).to_have_text(re.compile(ASK))
@@ -571,18 +606,18 @@ def test_what_is_typed_meanwhile_stays_in_the_box(visitor: Any) -> None:
         page.keyboard.press("Enter")  # which sends nothing while a reply is written
         expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
         expect(text).to_have_value("and then")
-        page.locator("#box .stop-button").click()
+        halt(page)
     page.reload()
     expect(text).to_have_value("and then")
     with writing(page):
         page.locator("#chat").get_by_role("button", name="Retry").click()
-        page.locator("#box .stop-button").click()
+        halt(page)
     expect(text).to_have_value("and then")
     expect(page.locator("#chat .user-row")).to_have_text(["First."])
     with writing(page):
         text.focus()
         page.keyboard.press("Enter")
-        page.locator("#box .stop-button").click()
+        halt(page)
     expect(page.locator("#chat .user-row")).to_have_text(["First.", "and then"])
     page.reload()
     expect(page.locator("#chat .user-row")).to_have_count(2)
@@ -668,9 +703,8 @@ def test_closing_the_page_ends_the_reply(visitor: Any, service: Process) -> None
     send(page, ASK)
     expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
     page.context.close()
-    while figure(service, "llm_requests_running"):
-        pass
-    assert figure(service, 'llm_replies_total{finish_reason="abort"}') == aborted + 1
+    wait_for_figure(service, 'llm_replies_total{finish_reason="abort"}', aborted + 1)
+    wait_for_figure(service, "llm_requests_running", 0)
 
 
 def test_two_tabs_keep_each_others_conversations(visitor: Any) -> None:
@@ -686,13 +720,19 @@ def test_two_tabs_keep_each_others_conversations(visitor: Any) -> None:
     expect(other.locator(".shelf .open")).to_have_text(["What is the sea?", "Hello there."])
 
 
-def test_two_tabs_on_one_conversation_show_and_keep_the_same(visitor: Any) -> None:
+def two_tabs(visitor: Callable[..., Page]) -> tuple[Page, Page]:
+    """Two tabs of one browser that show the same conversation."""
     page = visitor(talk(), **SHORT)
     other = page.context.new_page()
     (kept,) = conversations(page).values()
     other.add_init_script(f"sessionStorage.setItem('llm-chat-open', '{kept['id']}')")
     other.goto(page.url)
     expect(answers(other)).to_have_count(1)
+    return page, other
+
+
+def test_two_tabs_on_one_conversation_show_and_keep_the_same(visitor: Any) -> None:
+    page, other = two_tabs(visitor)
     with writing(page):
         send(page, "More.")
     expect(answers(other)).to_have_text(answers(page).all_inner_texts())
@@ -704,6 +744,33 @@ def test_two_tabs_on_one_conversation_show_and_keep_the_same(visitor: Any) -> No
         send(other, "And more.")
     expect(answers(page)).to_have_text(answers(other).all_inner_texts())
     assert len(conversations(page)["What is the sea?"]["turns"]) == 6
+
+
+def test_a_setting_of_one_tab_is_the_others_too(visitor: Any) -> None:
+    page, other = two_tabs(visitor)
+    for tab in (page, other):
+        tab.get_by_role("button", name="Settings").click()
+    page.get_by_label("Seed").fill("11")
+    page.get_by_label("Seed").blur()
+    expect(other.get_by_label("Seed")).to_have_value("11")
+    with writing(other):
+        send(other, "More.")
+    expect(page.get_by_label("Seed")).to_have_value("11")
+    assert conversations(page)["What is the sea?"]["settings"]["seed"] == 11
+
+
+def test_a_busy_tab_shows_afterwards_what_another_has_written(visitor: Any) -> None:
+    page, other = two_tabs(visitor)
+    other.evaluate("window.lane.enter(null, false)")
+    with writing(page):
+        send(page, "More.")
+    expect(answers(page)).to_have_count(2)
+    other.wait_for_function(
+        "window.conversations.newest(window.conversations.current.id).turns.length === 4"
+    )
+    expect(answers(other)).to_have_count(1)
+    other.evaluate("window.lane.leave()")
+    expect(answers(other)).to_have_text(answers(page).all_inner_texts())
 
 
 def test_a_storage_that_is_full_is_said(visitor: Any) -> None:

@@ -38,7 +38,7 @@ def meanwhile(task: Callable[[], object], service: RunningService) -> Iterator[N
     thread = threading.Thread(target=task)
     thread.start()
     with service.engine._changed:
-        assert service.engine._changed.wait_for(lambda: stream.sequence.abort_requested, TIMEOUT)
+        assert service.engine._changed.wait_for(lambda: stream.request.abort_requested, TIMEOUT)
     yield
     thread.join()
 
@@ -101,7 +101,7 @@ def test_each_delta_is_on_the_page_before_the_next_is_computed(serve: ServiceFac
     for n, expected in enumerate(["a", "ab", "abc"], start=1):
         gate.allow()
         progress = next(p for p in growing if p.turn.content == expected)
-        assert gate.computed == n
+        assert gate.num_computed_tokens == n
         assert progress.turn.figures is not None
         assert progress.turn.figures.completion_tokens == n
     gate.allow()
@@ -162,7 +162,7 @@ def test_stop_ends_a_reply_that_has_no_word_yet(serve: ServiceFactory) -> None:
     *_, last = growing
     assert last.turn.figures is not None
     assert last.turn.figures.finish_reason == "abort"
-    assert gate.computed <= 1
+    assert gate.num_computed_tokens <= 1
 
 
 def test_stop_ends_a_reply_whose_question_has_not_been_sent(serve: ServiceFactory) -> None:
@@ -175,7 +175,7 @@ def test_stop_ends_a_reply_whose_question_has_not_been_sent(serve: ServiceFactor
     *_, last = growing
     assert last.turn.figures is not None
     assert last.turn.figures.finish_reason == "abort"
-    assert gate.computed == 0
+    assert gate.num_computed_tokens == 0
     replies.stop(reply_id)  # more than once is fine
     replies.stop(None)
 
@@ -223,7 +223,7 @@ def test_a_visitor_who_leaves_ends_the_reply(serve: ServiceFactory) -> None:
     next(p for p in growing if p.turn.content)
     with meanwhile(growing.close, service):
         gate.allow(1000)
-    assert gate.computed <= 2
+    assert gate.num_computed_tokens <= 2
 
 
 def test_what_goes_wrong_is_a_sentence_and_what_had_come_is_kept(serve: ServiceFactory) -> None:
@@ -267,12 +267,9 @@ def test_a_key_that_is_missing_and_a_full_queue_have_sentences_of_their_own(
 
 
 def test_a_service_that_is_still_loading_is_said() -> None:
-    server = Server(bind("127.0.0.1", 0), max_body=10_000)
-    serving = threading.Thread(target=server.run)
-    serving.start()
+    server = Server(bind("127.0.0.1", 0), max_body=10_000).start()
     *_, last = write(f"http://127.0.0.1:{server.port}")
-    server.stop()
-    serving.join()
+    server.close()
     assert "loading" in str(last.turn.problem)
     assert last.turn.content == ""
 

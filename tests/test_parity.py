@@ -8,7 +8,6 @@ two best scores within 1e-4, or the drawn number within 1e-4 of the boundary bet
 
 import copy
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,17 +27,16 @@ from transformers import (
     Qwen3Config,
 )
 
-from stream_generator.chat import Message
-from stream_generator.checkpoint import Checkpoint
-from stream_generator.engine import Engine
-from stream_generator.fused import FusedLayer, fuse
-from stream_generator.generate import stream_sequence
-from stream_generator.loading.demo_model import demo_model_directory
-from stream_generator.model_runner import ModelRunner, SoloRunner, runner_for
-from stream_generator.quantization import PackedWeight, Packing
-from stream_generator.sampler import generator_for, history_processors, uniform, warpers
+from stream_generator.engine.engine import Engine
+from stream_generator.engine.model_runner import ModelRunner, SoloRunner, runner_for
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.loading.layout import locate
+from stream_generator.loop import stream_request
+from stream_generator.model.fused import FusedLayer, fuse
+from stream_generator.request import FinishReason, Request
+from stream_generator.sampling.sampler import generator_for, history_processors, uniform, warpers
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.sequence import FinishReason, Sequence
+from stream_generator.text.chat import Message
 
 CLOSE = 1e-4
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,27 +57,29 @@ COMMON: dict[str, Any] = {
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6}
 
 
-def build(name: str) -> PreTrainedModel:
+def build(name: str, **changes: Any) -> PreTrainedModel:
     """A tiny random model in float32, with a window shorter than the prompts where it has one."""
-    return _build(name).to(DEVICE)
+    return _build(name, changes).to(DEVICE)
 
 
-def _build(name: str) -> PreTrainedModel:
+def _build(name: str, changes: dict[str, Any]) -> PreTrainedModel:
     if name.startswith("llama"):
         return tiny_llama(
+            **changes,
             vocab_size=258,
             num_key_value_heads=4 if "ungrouped" in name else 2,
             tie_word_embeddings="tied" in name,
         )
     torch.manual_seed(0)
+    common = COMMON | changes
     config = {
-        "mistral": lambda: MistralConfig(**COMMON, sliding_window=6),
-        "qwen2": lambda: Qwen2Config(**COMMON, **SLIDING, use_sliding_window=True),
-        "qwen3": lambda: Qwen3Config(**COMMON),
-        "gemma": lambda: GemmaConfig(**COMMON),
-        "gemma3": lambda: Gemma3TextConfig(**COMMON, **SLIDING),
-        "phi3": lambda: Phi3Config(**COMMON, sliding_window=6),
-        "gemma2": lambda: Gemma2Config(**COMMON, **SLIDING),
+        "mistral": lambda: MistralConfig(**common, sliding_window=6),
+        "qwen2": lambda: Qwen2Config(**common, **SLIDING, use_sliding_window=True),
+        "qwen3": lambda: Qwen3Config(**common),
+        "gemma": lambda: GemmaConfig(**common),
+        "gemma3": lambda: Gemma3TextConfig(**common, **SLIDING),
+        "phi3": lambda: Phi3Config(**common, sliding_window=6),
+        "gemma2": lambda: Gemma2Config(**common, **SLIDING),
         "mamba": lambda: MambaConfig(
             vocab_size=258, hidden_size=32, num_hidden_layers=2, state_size=8,
             bos_token_id=None, eos_token_id=None, pad_token_id=0,
@@ -119,45 +119,45 @@ def random_params(rng: random.Random) -> dict[str, Any]:
     return params | {name: extras[name] for name in rng.sample(sorted(extras), 2)}
 
 
-def alone(reference: Checkpoint, sequence: Sequence) -> tuple[list[int], FinishReason | None]:
+def alone(reference: Checkpoint, request: Request) -> tuple[list[int], FinishReason | None]:
     """What the same request gives by itself, through transformers' `generate`."""
-    params = sequence.params.model_copy(update={"logprobs": None})
-    again = reference.new_sequence(sequence.prompt_ids, params, request_id=sequence.id)
-    for _ in stream_sequence(reference.model, again):
+    params = request.params.model_copy(update={"logprobs": None})
+    again = reference.new_request(request.prompt_ids, params, request_id=request.id)
+    for _ in stream_request(reference.model, again):
         pass
     return again.output_ids, again.finish_reason
 
 
-def assert_same(reference: Checkpoint, sequence: Sequence, where: str = "") -> bool:
+def assert_same(reference: Checkpoint, request: Request, where: str = "") -> bool:
     """Equal ids, or a first difference that the tie rule allows; True when equal."""
-    ids, reason = alone(reference, sequence)
-    if ids == sequence.output_ids:
-        assert reason is sequence.finish_reason, where
+    ids, reason = alone(reference, request)
+    if ids == request.output_ids:
+        assert reason is request.finish_reason, where
         return True
     at = next(
         n
-        for n in range(max(len(ids), len(sequence.output_ids)) + 1)
-        if ids[n : n + 1] != sequence.output_ids[n : n + 1]
+        for n in range(max(len(ids), len(request.output_ids)) + 1)
+        if ids[n : n + 1] != request.output_ids[n : n + 1]
     )
-    margin = margin_at(reference, sequence, at)
+    margin = margin_at(reference, request, at)
     assert margin < CLOSE, f"{where}: id {at} differs where the choice was clear by {margin}"
     return False
 
 
-def margin_at(reference: Checkpoint, sequence: Sequence, at: int) -> float:
+def margin_at(reference: Checkpoint, request: Request, at: int) -> float:
     """How clear the choice of output id `at` was, by a plain forward over what came before."""
-    before = reference.new_sequence(sequence.prompt_ids, sequence.params, request_id="margin")
-    before.output_ids = sequence.output_ids[:at]
+    before = reference.new_request(request.prompt_ids, request.params, request_id="margin")
+    before.output_ids = request.output_ids[:at]
     with torch.inference_mode():
         inputs = torch.tensor([before.all_ids], device=reference.model.device)
         scores = reference.model(input_ids=inputs).logits[:, -1].float()
-        if (processors := history_processors(before, scores.device)) is not None:
+        if (processors := history_processors(before)) is not None:
             scores = processors(inputs, scores)
-    if sequence.params.greedy:
+    if request.params.greedy:
         best = scores[0].topk(2).values
         return float(best[0] - best[1])
     probabilities = torch.softmax(warpers(before)(inputs, scores)[0].double().cpu(), dim=-1)
-    generator = generator_for(sequence.params.seed or 0)
+    generator = generator_for(request.params.seed or 0)
     number = [uniform(generator) for _ in range(at + 1)][-1]
     return float((probabilities.cumsum(0) - number).abs().min())
 
@@ -173,37 +173,11 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def packed(bits: int, *, keep_dense: bool) -> Callable[[PreTrainedModel], PreTrainedModel]:
-    """Fused, with packed weights; the model itself gets the values that these stand for."""
-
-    def make(model: PreTrainedModel) -> PreTrainedModel:
-        saved = {}
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear) and not module.out_features % 16:
-                saved[name] = PackedWeight.of(module.weight, bits)
-                module.weight.data = saved[name].dense()
-        made = copy.deepcopy(model)
-        # In float32, as all the rest: roundings to bfloat16 would make ties of clear choices.
-        assert fuse(made, Packing(saved=saved, keep_dense=keep_dense, dtype=torch.float32))
-        return made
-
-    return make
-
-
-LAYERS = {
-    "own layers": own_layers,
-    "fused": fused,
-    "int4": packed(4, keep_dense=False),
-    "int4 and dense": packed(4, keep_dense=True),
-    "int8": packed(8, keep_dense=False),
-}
+LAYERS = {"own layers": own_layers, "fused": fused}
 FUSIBLE = ["llama", "llama ungrouped", "llama tied", "mistral", "qwen2", "qwen3"]
-# The kernels for packed weights take bfloat16 alone on a GPU.
-PACKED = ["int4", "int4 and dense", "int8"] if DEVICE == "cpu" else []
 CASES = [
     *((name, "own layers") for name in SIDE_BY_SIDE),
     *((name, "fused") for name in FUSIBLE),
-    *((name, layers) for name in ("llama tied", "qwen2") for layers in PACKED),
 ]
 
 
@@ -212,7 +186,7 @@ def test_32_requests_that_come_and_go_get_the_ids_they_would_get_alone(
     name: str, layers: str
 ) -> None:
     untouched = build(name)
-    model = LAYERS[layers](untouched if layers in PACKED else copy.deepcopy(untouched))
+    model = LAYERS[layers](copy.deepcopy(untouched))
     reference = Checkpoint.of(untouched, byte_tokenizer())
     checkpoint = Checkpoint.of(model, byte_tokenizer())
     runner = runner_for(model, checkpoint.context_length, max_concurrent=6)
@@ -221,7 +195,7 @@ def test_32_requests_that_come_and_go_get_the_ids_they_would_get_alone(
     rng = random.Random(name)
     shared = [rng.randrange(258) for _ in range(30)]  # prompts begin alike, so slots are copied
     arrivals = sorted(rng.randrange(60) for _ in range(32))
-    sequences: list[Sequence] = []
+    requests: list[Request] = []
     step, busy = 0, True
     while arrivals or busy:
         while arrivals and arrivals[0] <= step:
@@ -229,12 +203,12 @@ def test_32_requests_that_come_and_go_get_the_ids_they_would_get_alone(
             own = [rng.randrange(258) for _ in range(rng.randrange(1, 60))]
             prompt = shared[: rng.choice([0, 0, 12, 30])] + own
             params = SamplingParams(**random_params(rng))
-            sequences.append(engine.submit(prompt, params).sequence)
+            requests.append(engine.submit(prompt, params).request)
         busy = engine.step()
         step += 1
-    assert len(sequences) == 32
-    assert any(s.cached_tokens for s in sequences), "some prompts were found computed"
-    equal = [assert_same(reference, s, f"{name}, request {n}") for n, s in enumerate(sequences)]
+    assert len(requests) == 32
+    assert any(r.num_cached_tokens for r in requests), "some prompts were found computed"
+    equal = [assert_same(reference, s, f"{name}, request {n}") for n, s in enumerate(requests)]
     assert sum(equal) > 24, "ties are rare; if they excuse much, something is wrong"
 
 
@@ -252,17 +226,17 @@ def test_a_model_that_does_not_fit_runs_alone_says_so_and_is_right(
     assert isinstance(runner, ModelRunner) or "runs one request at a time" in caplog.text
     engine = Engine(checkpoint, runner=runner)
     rng = random.Random(1)
-    sequences = [
+    requests = [
         engine.submit(
             [1, 2, 3, *(rng.randrange(258) for _ in range(n))], SamplingParams(**random_params(rng))
-        ).sequence
+        ).request
         for n in range(1, 6)
     ]
-    sequences.append(engine.submit(sequences[-1].prompt_ids, SamplingParams(seed=1)).sequence)
+    requests.append(engine.submit(requests[-1].prompt_ids, SamplingParams(seed=1)).request)
     while engine.step():
         pass
-    for sequence in sequences:
-        assert_same(reference, sequence, name)
+    for request in requests:
+        assert_same(reference, request, name)
 
 
 @pytest.mark.parametrize(
@@ -291,11 +265,11 @@ def test_greedy_equals_transformers_generate_with_a_cold_and_a_warm_cache() -> N
     )
     expected = whole[0, len(prompt) :].tolist()
     for cached in (0, 49, 49):
-        sequence = engine.submit(prompt, SamplingParams(temperature=0, max_new_tokens=20)).sequence
+        request = engine.submit(prompt, SamplingParams(temperature=0, max_new_tokens=20)).request
         while engine.step():
             pass
-        assert sequence.cached_tokens == cached
-        assert sequence.output_ids == expected
+        assert request.num_cached_tokens == cached
+        assert request.output_ids == expected
 
 
 @pytest.mark.parametrize("name", ["gemma", "gemma3", "phi3"])
@@ -308,7 +282,9 @@ def test_a_model_of_another_shape_keeps_its_own_layers(name: str) -> None:
 
 def test_eight_chats_of_ten_turns_at_once_are_each_as_if_alone(demo: Checkpoint) -> None:
     """The real model, in float32: its histories grow in the slots, and are found there."""
-    untouched = AutoModelForCausalLM.from_pretrained(demo_model_directory(), dtype=torch.float32)
+    untouched = AutoModelForCausalLM.from_pretrained(
+        locate(None).dense_directory(), dtype=torch.float32
+    )
     reference = Checkpoint.of(untouched, demo.tokenizer)
     model = fused(copy.deepcopy(untouched))
     checkpoint = Checkpoint.of(model, demo.tokenizer)
@@ -326,19 +302,19 @@ def test_eight_chats_of_ten_turns_at_once_are_each_as_if_alone(demo: Checkpoint)
             chat.append({"role": "user", "content": f"Fact {turn + 1} about {topic}, please."})
         prompts = [checkpoint.chat.encode(chat) for chat in chats]
         params = SamplingParams(temperature=0, max_new_tokens=5)
-        sequences = [warm.submit(prompt, params).sequence for prompt in prompts]
+        requests = [warm.submit(prompt, params).request for prompt in prompts]
         while warm.step():
             pass
-        for chat, sequence in zip(chats, sequences, strict=True):
+        for chat, request in zip(chats, requests, strict=True):
             if turn:
-                assert sequence.cached_tokens > 0.8 * (len(sequence.prompt_ids) - 25)
-            chat.append({"role": "assistant", "content": sequence.text})
+                assert request.num_cached_tokens > 0.8 * (len(request.prompt_ids) - 25)
+            chat.append({"role": "assistant", "content": request.text})
         if turn in (3, 9):
             cold = new_engine()
-            again = [cold.submit(prompt, params).sequence for prompt in prompts]
+            again = [cold.submit(prompt, params).request for prompt in prompts]
             while cold.step():
                 pass
-            for one, other in zip(sequences, again, strict=True):
+            for one, other in zip(requests, again, strict=True):
                 equal.append(assert_same(reference, one))
                 if other.output_ids != one.output_ids:
                     equal.append(assert_same(reference, other))

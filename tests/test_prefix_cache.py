@@ -6,27 +6,27 @@ from fakes import fake_checkpoint, says
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream_generator.prefix_cache import PrefixCache, common_prefix
+from stream_generator.engine.prefix_cache import PrefixCache, common_prefix
+from stream_generator.request import Request
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.sequence import Sequence
 
 CHECKPOINT = fake_checkpoint(says(""), context_length=500)
 ids = st.lists(st.integers(0, 2), max_size=40)
 
 
-def running(cache: PrefixCache, prompt: list[int], *output: int) -> Sequence:
-    """A sequence whose prompt, and all of whose output but the last id, is computed."""
-    sequence = CHECKPOINT.new_sequence(prompt, SamplingParams(), request_id="x")
-    placement = cache.place(sequence)
+def running(cache: PrefixCache, prompt: list[int], *output: int) -> Request:
+    """A request whose prompt, and all of whose output but the last id, is computed."""
+    request = CHECKPOINT.new_request(prompt, SamplingParams(), request_id="x")
+    placement = cache.place(request)
     assert placement is not None
-    sequence.start(placement.slot, placement.length)
-    sequence.output_ids += output
-    sequence.computed = len(prompt) + max(len(output) - 1, 0)
-    return sequence
+    request.start(placement.slot, placement.length)
+    request.output_ids += output
+    request.num_computed_tokens = len(prompt) + max(len(output) - 1, 0)
+    return request
 
 
 def place(cache: PrefixCache, prompt: list[int]) -> Any:
-    return cache.place(CHECKPOINT.new_sequence(prompt, SamplingParams(), request_id="y"))
+    return cache.place(CHECKPOINT.new_request(prompt, SamplingParams(), request_id="y"))
 
 
 @given(ids, ids, ids)
@@ -84,9 +84,9 @@ def test_a_part_of_what_a_slot_holds_is_copied_so_that_the_rest_is_not_lost() ->
 
 def test_the_least_recently_used_slot_is_given_away_first() -> None:
     cache = PrefixCache(3)
-    sequences = [running(cache, [n, n]) for n in (1, 2, 3)]
+    requests = [running(cache, [n, n]) for n in (1, 2, 3)]
     for n in (1, 0, 2):
-        cache.release(sequences[n])
+        cache.release(requests[n])
     assert [place(cache, [9]).slot for _ in range(3)] == [1, 0, 2]
 
 
@@ -102,18 +102,18 @@ def test_what_failed_or_was_cleared_is_not_found_again() -> None:
 
 def test_a_prompt_that_was_left_in_the_middle_is_worth_what_was_computed() -> None:
     cache = PrefixCache(1)
-    sequence = running(cache, [1, 2, 3, 4, 5])
-    sequence.computed = 2
-    cache.release(sequence)
+    request = running(cache, [1, 2, 3, 4, 5])
+    request.num_computed_tokens = 2
+    cache.release(request)
     assert place(cache, [1, 2, 3, 4, 5]).length == 2
 
 
 def test_what_a_neighbour_has_computed_since_is_found_when_the_prompt_begins() -> None:
     cache = PrefixCache(2)
     first = running(cache, [1, 2, 3, 4])
-    first.computed = 0
+    first.num_computed_tokens = 0
     second = running(cache, [1, 2, 3, 5])
-    second.computed = 0
+    second.num_computed_tokens = 0
     assert cache.longest(second)[1] == 0
-    first.computed = 4
+    first.num_computed_tokens = 4
     assert cache.longest(second) == (first.slot, 3)

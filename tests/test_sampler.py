@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_generator.errors import GenerationFailed
-from stream_generator.sampler import (
+from stream_generator.request import Request
+from stream_generator.sampling.sampler import (
     CountPenalty,
     check_scores,
     draw,
@@ -23,7 +24,6 @@ from stream_generator.sampler import (
     warpers,
 )
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.sequence import Sequence
 
 LARGEST_UNIFORM = 1 - 2**-53
 
@@ -115,24 +115,24 @@ CLOSE = 1e-4
 CHECKPOINT = dataclasses.replace(fake_checkpoint(says("")), vocab_size=400)
 
 
-def sequences_of(*params: dict[str, Any]) -> list[Sequence]:
+def sequences_of(*params: dict[str, Any]) -> list[Request]:
     return [
-        CHECKPOINT.new_sequence([1, 2, 3, 2], SamplingParams(**p), request_id="x") for p in params
+        CHECKPOINT.new_request([1, 2, 3, 2], SamplingParams(**p), request_id="x") for p in params
     ]
 
 
-def one_by_one(logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+def one_by_one(logits: torch.Tensor, requests: list[Request]) -> list[int]:
     """The plain reading: transformers' own processors, then the draw over the whole vocabulary."""
     ids = []
-    for row, sequence in enumerate(sequences):
+    for row, request in enumerate(requests):
         scores = logits[row : row + 1].clone()
-        if (processors := history_processors(sequence, scores.device)) is not None:
-            scores = processors(torch.tensor([sequence.all_ids]), scores)
-        if sequence.params.greedy:
+        if (processors := history_processors(request)) is not None:
+            scores = processors(torch.tensor([request.all_ids]), scores)
+        if request.params.greedy:
             ids.append(int(scores.argmax()))
             continue
-        scores = warpers(sequence)(None, scores)
-        number = uniform(generator_for(sequence.params.seed or 0))
+        scores = warpers(request)(None, scores)
+        number = uniform(generator_for(request.params.seed or 0))
         ids.append(int(draw(scores, torch.tensor([number], dtype=torch.float64))))
     return ids
 
@@ -164,24 +164,24 @@ def test_rows_together_give_the_ids_that_transformers_processors_and_the_draw_gi
 ) -> None:
     if ties:  # of equal scores, top-p keeps whichever a sort has put first
         params = [p if p.get("temperature") == 0 else p | {"top_p": 1.0} for p in params]
-    sequences = sequences_of(*params)
+    requests = sequences_of(*params)
     torch.manual_seed(seed)
     logits = torch.randn(len(params), 400) * 3
     if ties:
         logits = logits.round()  # many ids share a score, at the edge of top-k too
-    expected = one_by_one(logits, sequences)
-    together = ids_of(sample(logits.clone(), sequences))
-    for row, sequence in enumerate(sequences):
-        assert together[row] == expected[row] or is_tie(logits[row : row + 1], sequence), row
+    expected = one_by_one(logits, requests)
+    together = ids_of(sample(logits.clone(), requests))
+    for row, request in enumerate(requests):
+        assert together[row] == expected[row] or is_tie(logits[row : row + 1], request), row
 
 
-def is_tie(logits: torch.Tensor, sequence: Sequence) -> bool:
+def is_tie(logits: torch.Tensor, request: Request) -> bool:
     """Whether the last bits of a sum may decide what is drawn.
 
     That is so where top-p, or the number that is drawn, falls on a boundary between two ids: sums
     of many probabilities differ in their last bits with the processor's instructions.
     """
-    params = sequence.params
+    params = request.params
     if params.greedy:
         return False
     nearby = [
@@ -192,11 +192,11 @@ def is_tie(logits: torch.Tensor, sequence: Sequence) -> bool:
     numbers = uniform(generator_for(params.seed or 0)) + torch.tensor([-CLOSE, CLOSE]).double()
     scores = (
         logits
-        if (p := history_processors(sequence, logits.device)) is None
-        else p(torch.tensor([sequence.all_ids]), logits.clone())
+        if (p := history_processors(request)) is None
+        else p(torch.tensor([request.all_ids]), logits.clone())
     )
     ids = {
-        int(draw(warpers(CHECKPOINT.new_sequence([1], near, request_id="x"))(None, scores), number))
+        int(draw(warpers(CHECKPOINT.new_request([1], near, request_id="x"))(None, scores), number))
         for near in (params, *nearby)
         for number in numbers.clamp(0, 1)[:, None]
     }
@@ -210,17 +210,17 @@ def test_top_p_takes_its_share_of_all_that_top_k_leaves_though_some_lies_beyond_
     flat = {"top_k": 257, "top_p": 0.01, "temperature": 5.0}
     others = [{"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}]
     for seed in range(100):
-        sequences = sequences_of(*({**row, "seed": seed} for row in (flat, *others)))
+        requests = sequences_of(*({**row, "seed": seed} for row in (flat, *others)))
         logits = torch.randn(4, 400) * 3
-        expected = one_by_one(logits, sequences)
-        assert ids_of(sample(logits.clone(), sequences)) == expected
+        expected = one_by_one(logits, requests)
+        assert ids_of(sample(logits.clone(), requests)) == expected
 
 
 def test_a_row_that_is_not_finite_fails_alone() -> None:
     settings_of_rows = [{"temperature": 0}, {"seed": 1}, {"top_k": 5, "seed": 1}, {"seed": 2}]
-    sequences = sequences_of(*settings_of_rows)
+    requests = sequences_of(*settings_of_rows)
     logits = torch.randn(4, 400)
-    expected = one_by_one(logits, sequences)
+    expected = one_by_one(logits, requests)
     logits[1, 17], logits[2, 5] = math.nan, math.inf
     first, second, third, fourth = sample(logits, sequences_of(*settings_of_rows))
     assert ids_of([first, fourth]) == [expected[0], expected[3]]
@@ -229,12 +229,12 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
 
 
 def test_the_end_ids_wait_for_the_least_length() -> None:
-    (sequence,) = sequences_of({"min_new_tokens": 2, "temperature": 0, "stop_token_ids": [9]})
+    (request,) = sequences_of({"min_new_tokens": 2, "temperature": 0, "stop_token_ids": [9]})
     logits = torch.zeros(1, 400)
     logits[0, 9], logits[0, 8] = 5.0, 4.0
-    assert ids_of(sample(logits.clone(), [sequence])) == [8]
-    sequence.output_ids += [8, 8]
-    assert ids_of(sample(logits.clone(), [sequence])) == [9]
+    assert ids_of(sample(logits.clone(), [request])) == [8]
+    request.output_ids += [8, 8]
+    assert ids_of(sample(logits.clone(), [request])) == [9]
 
 
 @pytest.mark.parametrize("draw_from", [{"temperature": 0}, {"seed": 1, "top_p": 1.0, "top_k": 300}])

@@ -9,21 +9,21 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from stream_generator.sampling_params import SamplingParams
-from stream_generator.scheduler import (
+from stream_generator.engine.scheduler import (
     FIRST_CHUNK,
     LARGEST_CHUNK,
     SMALLEST_CHUNK,
     Pace,
     Scheduler,
 )
-from stream_generator.sequence import Sequence
+from stream_generator.request import Request
+from stream_generator.sampling_params import SamplingParams
 
 CHECKPOINT = fake_checkpoint(says(""), context_length=5000)
 
 
-def new_sequence(name: str, prompt: int) -> Sequence:
-    return CHECKPOINT.new_sequence([1] * prompt, SamplingParams(), request_id=name)
+def new_request(name: str, prompt: int) -> Request:
+    return CHECKPOINT.new_request([1] * prompt, SamplingParams(), request_id=name)
 
 
 class Requests(RuleBasedStateMachine):
@@ -33,32 +33,32 @@ class Requests(RuleBasedStateMachine):
     def begin(self, slots: int) -> None:
         self.scheduler = Scheduler()
         self.free = slots
-        self.submitted: list[Sequence] = []
-        self.admitted: list[Sequence] = []
+        self.submitted: list[Request] = []
+        self.admitted: list[Request] = []
         self.gone: set[str] = set()
-        self.computed: Counter[str] = Counter()
+        self.num_computed_tokens: Counter[str] = Counter()
         self.last_left_out = False  # whether the last step did nothing for the oldest prompt
 
     @rule(prompt=st.integers(1, 1500))
     def submit(self, prompt: int) -> None:
-        sequence = new_sequence(str(len(self.submitted)), prompt)
-        self.submitted.append(sequence)
-        self.scheduler.add(sequence)
+        request = new_request(str(len(self.submitted)), prompt)
+        self.submitted.append(request)
+        self.scheduler.add(request)
 
     @rule(data=st.data())
     def leave(self, data: Any) -> None:
         """Someone finishes, fails or goes away: waiting, in a prompt, or decoding."""
         present = [s for s in self.submitted if s.id not in self.gone]
         if present:
-            sequence = data.draw(st.sampled_from(present))
-            self.free += sequence in self.scheduler.running
-            self.scheduler.remove(sequence)
-            self.gone.add(sequence.id)
+            request = data.draw(st.sampled_from(present))
+            self.free += request in self.scheduler.running
+            self.scheduler.remove(request)
+            self.gone.add(request.id)
 
-    def place(self, sequence: Sequence) -> bool:
+    def place(self, request: Request) -> bool:
         if self.free:
             self.free -= 1
-            sequence.start(slot=0, cached=0)
+            request.start(slot=0, cached=0)
             return True
         return False
 
@@ -66,30 +66,30 @@ class Requests(RuleBasedStateMachine):
     def step(self, decode_ms: int, prompt_token_us: int) -> None:
         self.admitted += self.scheduler.admit(self.place)
         plan = self.scheduler.plan()
-        prompts = [chunk.sequence for chunk in plan.prefill]
+        prompts = [chunk.request for chunk in plan.prefill]
         everyone = [*plan.decode, *prompts]
         assert len({s.id for s in everyone}) == len(everyone), "served twice in a step"
-        assert all(s.is_prefilled for s in plan.decode)
-        decoding = [s for s in self.scheduler.running if s.is_prefilled]
+        assert all(not s.num_uncomputed_tokens for s in plan.decode)
+        decoding = [s for s in self.scheduler.running if not s.num_uncomputed_tokens]
         assert plan.decode == decoding, "whoever has a prompt computed decodes in every step"
-        unfinished = [s for s in self.scheduler.running if not s.is_prefilled]
+        unfinished = [s for s in self.scheduler.running if s.num_uncomputed_tokens]
         assert bool(prompts) == bool(unfinished), "a prompt goes on in every step"
         if prompts:
-            oldest, nearest = unfinished[0], min(unfinished, key=lambda s: s.uncomputed)
+            oldest, nearest = unfinished[0], min(unfinished, key=lambda s: s.num_uncomputed_tokens)
             assert prompts[0] in (oldest, nearest)
             assert prompts[0] is oldest or not self.last_left_out, "the oldest in every other step"
             self.last_left_out = oldest not in prompts
             assert sum(chunk.length for chunk in plan.prefill) <= LARGEST_CHUNK
         for chunk in plan.prefill:
-            left = chunk.sequence.uncomputed
+            left = chunk.request.num_uncomputed_tokens
             assert min(left, SMALLEST_CHUNK) <= chunk.length <= left
-            chunk.sequence.computed += chunk.length
+            chunk.request.num_computed_tokens += chunk.length
             self.scheduler.pace.record_prefill(prompt_token_us * 1e-6 * chunk.length, chunk.length)
         if plan.decode:
             self.scheduler.pace.record_decode(decode_ms * 1e-3)
-        for sequence in plan.decode:
-            sequence.computed += 1
-            self.computed[sequence.id] += 1
+        for request in plan.decode:
+            request.num_computed_tokens += 1
+            self.num_computed_tokens[request.id] += 1
 
     @invariant()
     def nothing_is_lost(self) -> None:
@@ -117,21 +117,21 @@ def slow_scheduler() -> Scheduler:
     return scheduler
 
 
-def run_steps(scheduler: Scheduler, until: Sequence) -> int:
+def run_steps(scheduler: Scheduler, until: Request) -> int:
     """How many steps it takes until a prompt is computed."""
     for count in range(1, 1000):
         for chunk in scheduler.plan().prefill:
-            chunk.sequence.computed += chunk.length
-        if until.is_prefilled:
+            chunk.request.num_computed_tokens += chunk.length
+        if not until.num_uncomputed_tokens:
             return count
     raise AssertionError("it is never computed")
 
 
-def started(scheduler: Scheduler, name: str, prompt: int, computed: int = 0) -> Sequence:
-    sequence = new_sequence(name, prompt)
-    scheduler.add(sequence)
+def started(scheduler: Scheduler, name: str, prompt: int, computed: int = 0) -> Request:
+    request = new_request(name, prompt)
+    scheduler.add(request)
     scheduler.admit(lambda s: s.start(0, computed) is None)
-    return sequence
+    return request
 
 
 def test_a_short_prompt_does_not_wait_for_a_long_one_before_it() -> None:
@@ -153,10 +153,8 @@ def test_a_long_prompt_does_not_wait_for_all_the_short_ones() -> None:
 
 def test_what_a_prompt_does_not_need_of_a_step_goes_to_the_next() -> None:
     scheduler = Scheduler()
-    sequences = [started(scheduler, str(n), 70) for n in range(3)]
-    assert [(c.sequence, c.length) for c in scheduler.plan().prefill] == [
-        (s, 70) for s in sequences
-    ]
+    requests = [started(scheduler, str(n), 70) for n in range(3)]
+    assert [(c.request, c.length) for c in scheduler.plan().prefill] == [(r, 70) for r in requests]
 
 
 def test_a_prompt_alone_goes_in_large_chunks() -> None:

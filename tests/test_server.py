@@ -1,15 +1,12 @@
 """The server before there is a model."""
 
 import http.client
-import threading
 
 from stream_service.server import Server, bind
 
 
 def test_while_it_loads_it_lives_but_cannot_serve() -> None:
-    server = Server(bind("127.0.0.1", 0), max_body=1000)
-    thread = threading.Thread(target=server.run)
-    thread.start()
+    server = Server(bind("127.0.0.1", 0), max_body=1000).start()
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     # One connection: a body that must not be there would be read as the next answer.
     for method, path, status in (
@@ -23,5 +20,4 @@ def test_while_it_loads_it_lives_but_cannot_serve() -> None:
         assert bool(body) == (method != "HEAD")
         assert response.headers["Content-Type"] == "application/json"
     connection.close()
-    server.stop()
-    thread.join()
+    server.close()

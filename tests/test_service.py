@@ -14,7 +14,7 @@ from conftest import RunningService, ServiceFactory
 from fakes import Gate, fake_checkpoint, says
 
 from stream_generator.errors import StreamGeneratorError
-from stream_generator.sequence import FinishReason
+from stream_generator.request import FinishReason
 from stream_service import server
 from stream_service.errors import MAX_MESSAGE, answer
 
@@ -148,7 +148,7 @@ def test_each_token_reaches_the_reader_before_the_next_is_computed(
             gate.allow()
             wanted = letter if accept == FORMS[0] else f'"delta":"{letter}"'
             read_until(connection, wanted.encode() + (b"\r\n" if accept == FORMS[0] else b""))
-            assert gate.computed == n
+            assert gate.num_computed_tokens == n
         gate.allow()
         read_until(connection, b"0\r\n\r\n")
 
@@ -187,15 +187,15 @@ def test_a_client_that_goes_away_stops_its_generation(serve: ServiceFactory, acc
     wait_until_abort_is_asked_for(service, "leaver")
     gate.allow(1000)
     assert post(service.url, "/chat", max_new_tokens=1).json()["response"] == "a"
-    assert stream.sequence.finish_reason is FinishReason.ABORT
-    assert len(stream.sequence.output_ids) <= 2
+    assert stream.request.finish_reason is FinishReason.ABORT
+    assert len(stream.request.output_ids) <= 2
 
 
 def wait_until_abort_is_asked_for(service: RunningService, request_id: str) -> None:
     engine = service.engine
     with engine._changed:
-        sequence = engine._streams[request_id].sequence
-        assert engine._changed.wait_for(lambda: sequence.abort_requested, TIMEOUT)
+        request = engine._streams[request_id].request
+        assert engine._changed.wait_for(lambda: request.abort_requested, TIMEOUT)
 
 
 @pytest.mark.parametrize("path", ["/stream", "/chat"])
@@ -224,8 +224,8 @@ def test_a_client_that_goes_away_while_it_waits_is_never_computed(
     gate.allow(10)
     first.join()
     assert post(service.url, "/chat").json()["response"] == "ab"
-    assert waiter.sequence.output_ids == []
-    assert waiter.sequence.finish_reason is FinishReason.ABORT
+    assert waiter.request.output_ids == []
+    assert waiter.request.finish_reason is FinishReason.ABORT
 
 
 def test_two_people_are_served_in_turn_and_each_gets_their_own(serve: ServiceFactory) -> None:
@@ -296,7 +296,7 @@ def test_one_more_than_the_queue_holds_gets_429(serve: ServiceFactory) -> None:
         if not waiting:
             assert gate.arrived.acquire(timeout=TIMEOUT)
     with service.engine._changed:
-        assert service.engine._changed.wait_for(lambda: service.engine._scheduler.waiting, TIMEOUT)
+        assert service.engine._changed.wait_for(lambda: service.engine._batch.waiting, TIMEOUT)
     for accept in FORMS:
         refused = post(service.url, accept=accept)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")

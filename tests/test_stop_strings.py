@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream_generator.stop_strings import StopStrings
+from stream_generator.text.stop_strings import StopStrings
 
 stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
 

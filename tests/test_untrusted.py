@@ -14,10 +14,10 @@ from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream_generator.chat import ChatFormat
-from stream_generator.checkpoint import load_checkpoint
 from stream_generator.errors import CheckpointError, InvalidRequest
-from stream_generator.loading.gguf_header import checked_parameters
+from stream_generator.loading.gguf.header import checked_parameters
+from stream_generator.loading.load import load_checkpoint
+from stream_generator.text.chat import ChatFormat
 
 Harm = Callable[[Path], object]
 
@@ -305,6 +305,6 @@ def test_a_gguf_too_large_for_the_memory_is_refused_with_the_numbers(
     gguf: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.gguf").write_bytes(gguf)
-    monkeypatch.setattr("stream_generator.loading.gguf_checkpoint.free_memory", lambda device: 10)
+    monkeypatch.setattr("stream_generator.loading.gguf.file.free_memory", lambda device: 10)
     with pytest.raises(CheckpointError, match=r"take .* GB of memory, but 0\.0 GB are free"):
         load_checkpoint(str(tmp_path / "model.gguf"))

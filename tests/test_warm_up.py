@@ -7,11 +7,11 @@ import torch
 from conftest import tiny_llama
 from fakes import END, FakeModel, byte_tokenizer, fake_checkpoint, says
 
-from stream_generator.checkpoint import Checkpoint
-from stream_generator.engine import Engine
-from stream_generator.model_runner import ModelRunner, SoloRunner, runner_for
+from stream_generator.engine.engine import Engine
+from stream_generator.engine.model_runner import ModelRunner, SoloRunner, runner_for
+from stream_generator.engine.warm_up import tokens_per_second
+from stream_generator.loaded_model import Checkpoint
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.warm_up import tokens_per_second
 
 
 def runner_of(checkpoint: Checkpoint) -> ModelRunner:
@@ -74,7 +74,7 @@ def test_the_first_request_finds_nothing_of_it() -> None:
         stream = engine.submit(prompt, params)
         while engine.step():
             pass
-        return stream.sequence.output_ids, stream.sequence.cached_tokens
+        return stream.request.output_ids, stream.request.num_cached_tokens
 
     ids, cached = first_reply(measured=True)
     assert (ids, cached) == first_reply(measured=False)

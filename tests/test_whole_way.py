@@ -16,7 +16,7 @@ import pytest
 import requests
 from conftest import running_service
 
-from stream_generator.checkpoint import Checkpoint
+from stream_generator.loaded_model import Checkpoint
 from stream_service.client import StreamClient
 
 ROOT = Path(__file__).parent.parent

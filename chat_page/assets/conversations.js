@@ -14,11 +14,13 @@ window.conversations = (() => {
 
   const read = (id) => parsed(localStorage.getItem(entry(id)));
 
-  // Whether it could be kept: a browser's storage has an end.
+  // Store a conversation; false if the browser's storage is full. An unchanged conversation is not
+  // written again: a tab reads another tab's writes late, and the write would undo them.
   function keep(conversation) {
-    if (!conversation.turns.length) return true;
+    const [key, text] = [entry(conversation.id), JSON.stringify(conversation)];
+    if (!conversation.turns.length || localStorage.getItem(key) === text) return true;
     try {
-      localStorage.setItem(entry(conversation.id), JSON.stringify(conversation));
+      localStorage.setItem(key, text);
       return true;
     } catch {
       return false;
@@ -43,12 +45,12 @@ window.conversations = (() => {
         .filter((conversation) => conversation?.id && conversation.turns?.length)
         .sort((a, b) => b.updated - a.updated);
     },
-    // This one is shown now, as it is here.
+    // This one is shown now, as it is here. Another tab may have gone on with it meanwhile.
     show(conversation) {
       if (conversation.id !== this.current?.id) window.chat.follow();
       this.current = conversation;
       sessionStorage.setItem(OPEN, conversation.id);
-      return keep(conversation);
+      return read(conversation.id)?.updated > conversation.updated || keep(conversation);
     },
     // The settings of this one have changed, whether it is still shown or not.
     set({ id, settings }) {
@@ -66,9 +68,16 @@ window.conversations = (() => {
     latest(seen) {
       return this.newest((seen ?? this.current)?.id) ?? seen;
     },
-    // The one that is shown, where it is what another tab has changed.
-    changedElsewhere(key) {
-      return this.current && key === entry(this.current.id) ? read(this.current.id) : null;
+    isCurrent(key) {
+      return this.current && key === entry(this.current.id);
+    },
+    // The stored version of the conversation on show, if another tab has changed it; else null.
+    // If two tabs wrote at the same time and the older version won, the newer one is stored again.
+    changedElsewhere() {
+      const kept = this.current && read(this.current.id);
+      if (kept?.updated < this.current?.updated) keep(this.current);
+      const same = JSON.stringify(kept) === JSON.stringify(this.current);
+      return !same && kept?.updated >= this.current.updated ? kept : null;
     },
     remove(id) {
       localStorage.removeItem(entry(id));

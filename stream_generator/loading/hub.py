@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import DryRunError, GatedRepoError
 
 from stream_generator.errors import CheckpointError
-from stream_generator.loading.gguf_checkpoint import refuse_part
+from stream_generator.loading.gguf.file import refuse_part
 from stream_generator.loading.untrusted import refuse_unsafe, weight_files
 
 FACTS = ["*.json", "*.jinja", "*.model", "*.txt"]  # what describes a model

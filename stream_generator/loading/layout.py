@@ -3,10 +3,12 @@
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from stream_generator.errors import CheckpointError
-from stream_generator.loading.demo_model import DEMO_NAME, demo_model_directory
-from stream_generator.loading.gguf_checkpoint import converted_gguf, is_gguf
+from stream_generator.errors import CheckpointError, first_line
+from stream_generator.loading.cache import SourceCache
+from stream_generator.loading.demo_model import DEMO_NAME, demo_gguf
+from stream_generator.loading.gguf.file import GgufFile, is_gguf
 from stream_generator.loading.hub import downloaded_file, downloaded_model
 from stream_generator.loading.meta_checkpoint import converted_meta_checkpoint, is_meta_layout
 from stream_generator.loading.untrusted import weight_files
@@ -27,11 +29,32 @@ _HUB_ID = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?(?::([\w./ -]+\.ggu
 
 @dataclass(frozen=True)
 class Located:
-    """A model as a directory that transformers can load, and what it was found as."""
+    """A model: what it was found as, and where its parts are.
+
+    directory: its configuration and tokenizer in Hugging Face format, and its weights unless they
+    are in a GGUF file.
+    """
 
     layout: str
     directory: Path
     name: str
+    gguf: GgufFile | None = None
+
+    @classmethod
+    def of_gguf(cls, path: Path, layout: str = GGUF, name: str | None = None) -> Self:
+        """The model of a GGUF file. Raises `CheckpointError` for what cannot be read."""
+        file = GgufFile(path)
+        return cls(layout, file.facts(), name or path.stem, file)
+
+    def dense_directory(self) -> Path:
+        """The whole model as a directory that transformers can load, converted if need be."""
+        return self.gguf.dense() if self.gguf else self.directory
+
+    def cache(self) -> SourceCache:
+        """What is kept of it."""
+        if self.gguf:
+            return self.gguf.kept
+        return SourceCache(self.directory, weights_in(self.directory))
 
 
 def locate(source: str | None, *, allow_pickle: bool = False) -> Located:
@@ -41,21 +64,20 @@ def locate(source: str | None, *, allow_pickle: bool = False) -> Located:
     Raises `CheckpointError` for what is none of `ACCEPTED`.
     """
     if source is None:
-        return Located(DEMO, demo_model_directory(), DEMO_NAME)
+        return Located.of_gguf(demo_gguf(), DEMO, DEMO_NAME)
     path = Path(source).expanduser()
     if path.is_dir():
         return _in_directory(path)
     if path.is_file():
         if not is_gguf(path):
             raise CheckpointError(f"{source} is no GGUF file; --ckpts takes {ACCEPTED}")
-        return Located(GGUF, converted_gguf(path), path.stem)
+        return Located.of_gguf(path)
     if source.startswith((".", "/", "~")) or not (found := _HUB_ID.fullmatch(source)):
         raise CheckpointError(f"{source} does not exist; --ckpts takes {ACCEPTED}")
     name, revision, file = found.groups()
     if file is None:
         return Located(HUB, downloaded_model(name, revision, allow_pickle=allow_pickle), name)
-    downloaded = downloaded_file(name, file, revision)
-    return Located(GGUF, converted_gguf(downloaded), downloaded.stem)
+    return Located.of_gguf(downloaded_file(name, file, revision))
 
 
 def _in_directory(path: Path) -> Located:
@@ -66,7 +88,7 @@ def _in_directory(path: Path) -> Located:
     if is_meta_layout(path):
         return Located(META, converted_meta_checkpoint(path), name)
     if len(ggufs) == 1:
-        return Located(GGUF, converted_gguf(ggufs[0]), ggufs[0].stem)
+        return Located.of_gguf(ggufs[0])
     if ggufs:
         names = ", ".join(p.name for p in ggufs[:8])
         raise CheckpointError(f"{path} holds several GGUF files; name one of them: {names}")
@@ -90,3 +112,10 @@ def weights_in(directory: Path) -> list[Path]:
                 f"({missing[0]}, ...); download them again"
             )
     return []
+
+
+def could_not_load(source: str | None, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"could not load {source or 'the demo model'}: {first_line(error)}; --ckpts takes "
+        f"{ACCEPTED}"
+    )

@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from stream_generator.errors import CheckpointError, first_line
-from stream_generator.loading.cache import cache_directory, fingerprint, made_once, state_of
+from stream_generator.loading.cache import SourceCache
 
 CONVERSION = 1  # raise it when the conversion changes, so that older results are not used
 PART_BYTES = 2 * 1024**3  # of a file of weights: about what is in memory at a time
@@ -58,10 +58,11 @@ def converted_meta_checkpoint(source: Path, cache: Path | None = None) -> Path:
     Raises `CheckpointError` for what is missing, damaged, or not Llama 3.
     """
     files = sorted(source.glob("consolidated*.pth"))
-    facts = fingerprint(CONVERSION, state_of([*files, source / "params.json"]))
-    target = (cache or cache_directory()) / "converted" / f"{source.resolve().name}-{facts}"
+    kept = SourceCache(source, [*files, source / "params.json"], cache)
     size = sum(file.stat().st_size for file in files)
-    return made_once(target, lambda directory: _convert(source, files, directory), size)
+    return kept.made(
+        "dense", CONVERSION, lambda directory: _convert(source, files, directory), size
+    )
 
 
 def _convert(source: Path, files: list[Path], target: Path) -> None:

@@ -1,0 +1,174 @@
+"""The requests that an engine serves, and one step of computing for them."""
+
+import gc
+import logging
+import time
+from collections.abc import Collection, Iterator
+
+import torch
+
+from stream_generator.engine.prefix_cache import PrefixCache
+from stream_generator.engine.runner import Runner
+from stream_generator.engine.scheduler import Plan, Scheduler, chunk_length
+from stream_generator.errors import GenerationFailed
+from stream_generator.request import Request, TokenOutput
+from stream_generator.sampling.sampler import Sampled
+
+logger = logging.getLogger(__name__)
+
+
+class Batch:
+    """Holds the waiting and the running requests, and computes one step for the running ones.
+
+    The batch has no lock. The engine holds its own lock when it calls `add`, `admit` or `remove`.
+    Only these three change `waiting` and `free_slots`, so other threads read both under that lock.
+    The computing thread alone calls the other methods.
+    """
+
+    def __init__(self, runner: Runner, *, prompts_only: bool):
+        """prompts_only: reuse only positions that a prompt has computed."""
+        self._runner = runner
+        self._scheduler = Scheduler(smallest_chunk=runner.smallest_chunk)
+        self._prefixes = PrefixCache(
+            runner.slots, smallest_chunk=runner.smallest_chunk, prompts_only=prompts_only
+        )
+
+    @property
+    def waiting(self) -> Collection[Request]:
+        """Requests that have no slot yet, in the order in which they will get one."""
+        return self._scheduler.waiting
+
+    @property
+    def running(self) -> int:
+        """How many requests have a slot."""
+        return len(self._scheduler.running)
+
+    @property
+    def free_slots(self) -> int:
+        """How many slots have no request."""
+        return self._prefixes.free
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        self._scheduler.add(request)
+
+    def admit(self) -> list[Request]:
+        """Give free slots to the oldest waiting requests, with the prefixes already computed."""
+        return self._scheduler.admit(self._place)
+
+    def step(self) -> Iterator[tuple[Request, TokenOutput]]:
+        """Decode one token per request in decode, and compute the next chunks of prompts.
+
+        Yields each output at once: the decoded tokens first, then the first token of each prompt.
+        """
+        for request, sampled in self._compute(self._scheduler.plan()):
+            yield request, _taken(request, sampled)
+
+    def remove(self, request: Request, *, keep: bool) -> None:
+        """Release a request's slot. keep: later prompts may reuse its keys and values."""
+        self._scheduler.remove(request)
+        self._prefixes.release(request, keep=keep and self._runner.keeps_prefixes)
+
+    def release(self, request: Request, *, sound: bool) -> None:
+        """Tell the runner that a request has ended; see `Runner.release`."""
+        if request.slot is not None:
+            self._runner.release(request, sound=sound)
+
+    def clear(self) -> None:
+        """Forget what ended requests left in their slots, and give device memory back."""
+        self._prefixes.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _place(self, request: Request) -> bool:
+        placement = self._prefixes.place(request)
+        if placement is None:
+            return False
+        if placement.length and placement.source != placement.slot:
+            self._runner.copy_prefix(placement.source, placement.slot, placement.length)
+        request.start(placement.slot, placement.length)
+        return True
+
+    def _compute(self, plan: Plan) -> Iterator[tuple[Request, Sampled]]:
+        yield from self._decode(plan.decode)
+        for chunk in plan.prefill:
+            first = self._prefill(chunk.request, chunk.length)
+            if first is not None:
+                yield chunk.request, first
+
+    def _prefill(self, request: Request, length: int) -> Sampled | None:
+        """Up to `length` more ids of a prompt; the first new id when it is complete."""
+        started = time.perf_counter()
+        try:
+            self._reuse_prefix(request)
+            length = chunk_length(
+                request.num_uncomputed_tokens, length, self._runner.smallest_chunk
+            )
+            first = self._runner.prefill(request, length)
+        except Exception as error:  # of this prompt alone: nothing else was computed with it
+            first = _failure(request, error)
+        self._scheduler.pace.record_prefill(time.perf_counter() - started, length)
+        return first
+
+    def _reuse_prefix(self, request: Request) -> None:
+        """Before a prompt begins, look again: a neighbour may have computed its beginning since.
+
+        So requests that arrive together with one prompt, or one system prompt, compute it once.
+        """
+        if request.num_computed_tokens > request.num_cached_tokens:
+            return
+        source, length = self._prefixes.longest(request)
+        if length > request.num_computed_tokens and request.slot is not None:
+            self._runner.copy_prefix(source, request.slot, length)
+            request.num_computed_tokens = request.num_cached_tokens = length
+
+    def _decode(self, requests: list[Request]) -> list[tuple[Request, Sampled]]:
+        """One more id for each.
+
+        Where memory is short the newest request goes, and the others are tried again. Any other
+        failure is tried again for each alone, so that it stays with the one it belongs to.
+        """
+        if not requests:
+            return []
+        started = time.perf_counter()
+        try:
+            sampled = self._runner.decode(requests)
+        except Exception as error:
+            if len(requests) == 1:
+                return [(requests[0], _failure(requests[0], error))]
+            if isinstance(error, torch.OutOfMemoryError):
+                newest = max(requests, key=lambda r: r.submitted_at)
+                others = [r for r in requests if r is not newest]
+                return [*self._decode(others), (newest, _failure(newest, error))]
+            logger.warning("a step for %d requests failed; trying each alone", len(requests))
+            return [result for request in requests for result in self._decode([request])]
+        self._scheduler.pace.record_decode(time.perf_counter() - started)
+        return list(zip(requests, sampled, strict=True))
+
+
+def _taken(request: Request, sampled: Sampled) -> TokenOutput:
+    """What a request makes of its new id; turning it into text may fail, as computing may."""
+    if isinstance(sampled, GenerationFailed):
+        return request.fail(sampled)
+    try:
+        return request.take(sampled)
+    except Exception as error:
+        return request.fail(_failure(request, error))
+
+
+def _failure(request: Request, error: Exception) -> GenerationFailed:
+    """What the reader is told. Details stay in the log: they may hold paths or addresses.
+
+    Where the device is lost for this process, the error goes on: nothing would ever succeed again.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        raise error
+    logger.error("request %s failed", request.id, exc_info=error)
+    if isinstance(error, GenerationFailed):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return GenerationFailed("out of memory; shorten the prompt or lower max_new_tokens")
+    return GenerationFailed(
+        f"generation failed ({type(error).__name__}); the service's log has the details"
+    )

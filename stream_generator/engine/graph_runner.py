@@ -1,0 +1,215 @@
+"""Runs requests side by side on a step graph, in the slots of one cache.
+
+A request's logits are the same to the bit whatever runs beside it, if two things hold that this
+runner sees to: a forward has at least `least_rows` rows, and a decode shares no forward with a
+prompt.
+"""
+
+from collections.abc import Sequence as Items
+from typing import Any
+
+import torch
+
+from stream_generator.model.graph_session import GraphSession, bind
+from stream_generator.model.kv_cache import describe_slots, zeros
+from stream_generator.model.saved_graph import CHECK, STEP, SavedGraph
+from stream_generator.request import Request
+from stream_generator.sampling.sampler import Sampled, sample
+
+LONG_CHUNK = 64  # ids from which on a forward's memory is given back to the system
+
+# Sizes of chunks that must give the same bits: the smallest, odd ones, and the largest.
+CHUNKS = (2, 3, 33, 64, 512)
+
+
+class GraphRunner:
+    """Runs requests side by side in the slots of one cache, on a CPU."""
+
+    keeps_prefixes = True
+    has_logprobs = True
+    smallest_chunk = 2  # a chunk of one id is computed by the kernels of a decode
+
+    def __init__(
+        self,
+        graph: SavedGraph,
+        slots: int,
+        context: int,
+        *,
+        file: str = STEP,
+        least_rows: int | None = 2,
+    ):
+        """file: which of the graphs in the directory. least_rows: as `find_least_rows` tells."""
+        self.slots = slots
+        self.context_length = context
+        self.reproducible = least_rows is not None
+        self.least_rows = least_rows or 1
+        self._graph = graph
+        self._session = GraphSession(graph.directory / file)
+        self._rotation = graph.rotation(context)
+        shape = (slots, graph.key_heads, context, graph.size)
+        names = [n for n in self._session.inputs if n.startswith(("keys.", "values."))]
+        self._states = {name: zeros(shape, torch.float32) for name in names}
+        self._bindings: dict[tuple[int, int], Any] = {}
+
+    def describe(self) -> str:
+        return describe_slots(self.slots, self.context_length, self._graph.bytes_per_token)
+
+    def prefill(self, request: Request, chunk: int) -> Sampled | None:
+        start, end = request.num_computed_tokens, request.num_computed_tokens + chunk
+        logits = self.chunk(request.slot or 0, start, request.prompt_ids[start:end])
+        request.num_computed_tokens = end
+        return _sampled(logits, [request])[0] if not request.num_uncomputed_tokens else None
+
+    def decode(self, requests: list[Request]) -> list[Sampled]:
+        logits = self.step(
+            [r.slot or 0 for r in requests],
+            [r.num_computed_tokens for r in requests],
+            [r.output_ids[-1] for r in requests],
+        )
+        sampled = _sampled(logits, requests)
+        for request in requests:
+            request.num_computed_tokens += 1
+        return sampled
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        for states in self._states.values():
+            states[target, :, :length] = states[source, :, :length]
+
+    def release(self, request: Request, *, sound: bool) -> None:
+        """Nothing is left to do: a row never reads beyond its own positions."""
+
+    def chunk(
+        self, slot: int, start: int, ids: Items[int], wanted: Items[int] = (-1,)
+    ) -> torch.Tensor:
+        """Compute ids that follow `start` positions in a slot.
+
+        wanted: the places in `ids` after which logits are computed. Returns float32 [wanted,
+        vocabulary].
+        """
+        rows = torch.arange(max(len(ids), self.least_rows)).clamp_max(len(ids) - 1)
+        return self._run(
+            self._binding(slot, 1),
+            ids=torch.tensor(ids)[rows],
+            place=torch.arange(len(ids))[None],
+            back=torch.stack((torch.zeros_like(rows), rows), dim=1),
+            lengths=[len(ids)],
+            last_keys=[start + len(ids) - 1],
+            wanted=[place % len(ids) for place in wanted],
+        )
+
+    def step(self, slots: Items[int], starts: Items[int], ids: Items[int]) -> torch.Tensor:
+        """Compute one id for each of some slots; starts: how many positions each has.
+
+        Returns the logits after it, float32 [slots, vocabulary].
+        """
+        # Slots between these take no part: they have no row, and attention skips them.
+        count = max(slots) + 1
+        rows = torch.arange(max(len(slots), self.least_rows)).clamp_max(len(slots) - 1)
+        chosen = torch.tensor(slots)
+        place = torch.zeros(count, 1, dtype=torch.int64)
+        lengths = torch.zeros(count, dtype=torch.int32)
+        last_keys = torch.zeros(count, dtype=torch.int32)
+        place[chosen, 0] = torch.arange(len(slots))
+        lengths[chosen] = 1
+        last_keys[chosen] = torch.tensor(starts, dtype=torch.int32)
+        return self._run(
+            self._binding(0, count),
+            ids=torch.tensor(ids)[rows],
+            place=place,
+            back=torch.stack((chosen[rows], torch.zeros_like(rows)), dim=1),
+            lengths=lengths,
+            last_keys=last_keys,
+            wanted=list(range(len(slots))),
+        )
+
+    def _run(
+        self,
+        binding: Any,
+        *,
+        ids: torch.Tensor,
+        place: torch.Tensor,
+        back: torch.Tensor,
+        lengths: Any,
+        last_keys: Any,
+        wanted: list[int],
+    ) -> torch.Tensor:
+        """Run the graph; see `StepGraph` for its inputs."""
+        ends = torch.as_tensor(last_keys, dtype=torch.int32)
+        padding = [wanted[-1]] * (self.least_rows - len(wanted))
+        inputs = {
+            "ids": ids,
+            "place": place,
+            "back": back,
+            "lengths": torch.as_tensor(lengths, dtype=torch.int32),
+            "last_keys": ends,
+            "total": ends.max() + 1,
+            "wanted": torch.tensor(wanted + padding),
+        }
+        logits = torch.empty(len(wanted) + len(padding), self._graph.vocabulary)
+        self._session.run(binding, inputs, {"logits": logits}, shrink=place.shape[1] >= LONG_CHUNK)
+        return logits[: len(wanted)]
+
+    def _binding(self, first: int, count: int) -> Any:
+        """A binding to the keys and values of `count` slots, made once."""
+        if (first, count) in self._bindings:
+            return self._bindings[first, count]
+        binding = self._bindings[first, count] = self._session.binding()
+        states = {name: held[first : first + count] for name, held in self._states.items()}
+        bind(binding, states | self._rotation, {f"new_{n}": held for n, held in states.items()})
+        return binding
+
+
+def _sampled(logits: torch.Tensor, requests: list[Request]) -> list[Sampled]:
+    """Sample on one thread.
+
+    A second team of threads beside ONNX Runtime's makes a whole step 1.2 to 1.4 times as long
+    (docs/performance.md).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return sample(logits, requests)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def find_least_rows(graph: SavedGraph, slots: int) -> int | None:
+    """How many rows a forward needs, so that a row's bits do not depend on the others.
+
+    Tries it, on a graph of one layer of each kind: for all numbers of rows up to `slots`, and for
+    prompts in chunks of several sizes. None: the bits depend on the number of rows in any case.
+    """
+    longest = max(CHUNKS)
+    runner = GraphRunner(graph, slots, context=longest + 1, file=CHECK)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(graph.vocabulary, (longest,), generator=generator).tolist()
+    for least_rows in sorted({1, 2, slots}):
+        runner.least_rows = least_rows
+        if _chunks_agree(runner, ids) and _rows_agree(runner, ids):
+            return least_rows
+    return None
+
+
+def _chunks_agree(runner: GraphRunner, ids: list[int]) -> bool:
+    """Whether a prompt's logits do not depend on how it is cut into chunks."""
+    whole = runner.chunk(0, 0, ids, range(len(ids)))
+    for size in CHUNKS[:-1]:
+        parts = [runner.chunk(0, 0, ids[:size], range(size))]
+        parts.append(runner.chunk(0, size, ids[size : 2 * size], range(size)))
+        if not torch.equal(torch.cat(parts), whole[: 2 * size]):
+            return False
+    return True
+
+
+def _rows_agree(runner: GraphRunner, ids: list[int]) -> bool:
+    """Whether a request's logits do not depend on how many others are computed beside it."""
+    slots = list(range(runner.slots))
+    lengths = [2 + slot for slot in slots]
+    for slot, length in zip(slots, lengths, strict=True):
+        runner.chunk(slot, 0, ids[:length])
+    new = ids[: runner.slots]
+    together = runner.step(slots, lengths, new)
+    return all(
+        torch.equal(runner.step(slots[first:], lengths[first:], new[first:]), together[first:])
+        for first in slots[1:]
+    )

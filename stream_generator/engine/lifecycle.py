@@ -1,0 +1,77 @@
+"""The state of an engine: open, draining, closed or failed."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum, auto
+
+# A step is considered hung after this, or after ten times the longest step so far.
+STUCK_SECONDS = 60.0
+
+
+class EngineState(IntEnum):
+    """What happens to requests. An engine only moves down this list."""
+
+    OPEN = auto()  # requests are accepted and computed
+    DRAINING = auto()  # accepted requests are computed, new ones are rejected
+    CLOSED = auto()  # all requests are rejected
+    FAILED = auto()  # the same, after a failure of the engine itself
+
+
+class Lifecycle:
+    """The state of an engine, and the time of the step that it computes.
+
+    Any thread may read it. The state is moved under the engine's lock; the times are written by
+    the computing thread alone, each at once.
+    """
+
+    def __init__(self) -> None:
+        self.state = EngineState.OPEN
+        self._drained_by: float | None = None  # when the last requests must have ended
+        self._step_began: float | None = None
+        self._longest_step = 0.0  # seconds
+
+    def move(self, state: EngineState) -> None:
+        """Into another state, unless it is further already."""
+        self.state = max(self.state, state)
+
+    def drain(self, seconds: float) -> None:
+        """Take nothing new, and end after so long."""
+        self._drained_by = time.monotonic() + seconds
+        self.move(EngineState.DRAINING)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing is computed any more."""
+        return self.state >= EngineState.CLOSED
+
+    def is_drained(self, *, idle: bool) -> bool:
+        """Whether draining is over. idle: no request is left."""
+        limit = self._drained_by
+        return limit is not None and (idle or time.monotonic() >= limit)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around each step, so that one that hangs is seen."""
+        self._step_began = began = time.monotonic()
+        yield
+        self._step_began = None
+        self._longest_step = max(self._longest_step, time.monotonic() - began)
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the engine itself has failed, not a request."""
+        return self.state is EngineState.FAILED
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether requests that are submitted now will be served."""
+        return self.is_healthy and self.state is EngineState.OPEN
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it computes, or would; also while it drains."""
+        began = self._step_began
+        limit = max(STUCK_SECONDS, 10 * self._longest_step)
+        stuck = began is not None and time.monotonic() - began > limit
+        return not (self.is_closed or stuck)

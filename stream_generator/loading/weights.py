@@ -1,0 +1,62 @@
+"""The weights of safetensors files, and weights that are packed on the way to a graph."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from stream_generator.model.packed_weight import GROUP, NotBuildable, PackedWeight, Weights
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+class SafetensorsWeights:
+    """The tensors of a checkpoint in Hugging Face format. One is read when it is asked for."""
+
+    def __init__(self, files: list[Path]):
+        self._files = [safe_open(file, framework="pt") for file in files]
+        self._places: dict[str, Any] = {n: file for file in self._files for n in file.keys()}  # noqa: SIM118
+
+    def packed(self, module: str) -> PackedWeight | None:
+        """None: nothing is packed in these files."""
+        return None
+
+    def dense(self, parameter: str) -> torch.Tensor:
+        """Read a parameter. Raises `KeyError` where the files lack it."""
+        if parameter not in self._places and parameter == f"{HEAD}.weight":
+            parameter = f"{EMBEDDING}.weight"  # shared
+        tensor: torch.Tensor = self._places[parameter].get_tensor(parameter)
+        return tensor
+
+
+class PackedOnTheWay:
+    """Weights of which those that are not packed yet are packed when they are asked for.
+
+    The embedding stays as it is: looking up a row costs nothing. The output matrix gets eight bits.
+    """
+
+    def __init__(self, weights: Weights, bits: int):
+        self._weights, self._bits = weights, bits
+
+    def packed(self, module: str) -> PackedWeight | None:
+        """See `Weights`. Raises `NotBuildable` for a size that cannot be packed."""
+        packed = self._weights.packed(module)
+        if packed is not None or module == EMBEDDING:
+            return packed
+        weight = self._weights.dense(f"{module}.weight")
+        if weight.shape[1] % GROUP:
+            raise NotBuildable(f"{module} has {weight.shape[1]} inputs, not a multiple of {GROUP}")
+        return PackedWeight.of(weight, 8 if module == HEAD else self._bits)
+
+    def dense(self, parameter: str) -> torch.Tensor:
+        """What a parameter stands for once it is packed. Raises `KeyError`."""
+        module = parameter.removesuffix(".weight")
+        if module in (parameter, EMBEDDING):  # no weight, or one that is not packed
+            return self._weights.dense(parameter)
+        dense = self._weights.dense(parameter)
+        if dense.dim() == 1 or self._weights.packed(module) is not None:
+            return dense
+        packed = self.packed(module)
+        assert packed is not None
+        return packed.dense()

@@ -1,0 +1,234 @@
+"""The loop: one forward, one id, one yield. Chapter one for a reader, and the tests' oracle.
+
+transformers' `generate` does all the preparation (inputs, cache, logits processors, stopping
+criteria) and then calls a decoding method. Given a callable as `custom_generate`, it calls that
+one and returns what it returns: here, a generator. So the ids come out one step at a time, with
+everything that transformers knows of sampling still in force.
+"""
+
+import copy
+import math
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from typing import Any, cast
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerationMode
+
+from stream_generator.errors import InvalidRequest
+from stream_generator.request import Choice, Request, TokenOutput
+from stream_generator.sampling.sampler import (
+    CountPenalty,
+    check_scores,
+    draw,
+    generator_for,
+    uniform,
+)
+
+# Outputs of a forward that the next one needs, by the names that model families give them.
+_CACHES = ("past_key_values", "cache_params", "state")
+
+
+def stream_sample(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    generators: list[torch.Generator] | None = None,
+    seed: int | None = None,
+    **model_kwargs: Any,
+) -> Iterator[torch.Tensor]:
+    """Yield the ids of each step as they are produced: int64 `[rows]`.
+
+    A decoding method for `model.generate(..., custom_generate=stream_sample)`, greedy or
+    sampling. input_ids: int64 [rows, prompt length], padded on the left.
+
+    A row that has ended yields the pad id, and the loop ends when all have. Which rows have ended
+    is a boolean mask, set by the stopping criteria, for any number of end ids. (Older projects
+    keep an integer mask and multiply it, for each step, by the number of end ids that the new id
+    differs from. With one end id that is 0 or 1. With Llama 3's two it is 2 for an ordinary id and
+    1 for an end id: the mask doubles at each step and never becomes 0, so the loop runs on past the
+    end, and `ids * mask + pad * (1 - mask)` gives ids outside the vocabulary, negative ones too.)
+
+    generators: one CPU generator a row for the draw; without them, `seed + row`, or torch's
+    global generator if there is no seed either.
+
+    Raises `InvalidRequest` at once for a decoding mode that is not a stream of single ids, and
+    `GenerationFailed` at the step where logits are not finite.
+    """
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise InvalidRequest(
+            f"{mode.value} cannot be streamed id by id; use greedy search or sampling"
+        )
+    if generation_config.return_dict_in_generate:
+        raise InvalidRequest("a stream yields ids only", param="return_dict_in_generate")
+    if model.config.is_encoder_decoder:
+        raise InvalidRequest("only decoder-only models can be streamed")
+    if generation_config.do_sample and generators is None:
+        generators = _generators(len(input_ids), seed)
+    return _loop(
+        model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        _pad_id(generation_config),
+        generators if generation_config.do_sample else None,
+        model_kwargs,
+    )
+
+
+@torch.inference_mode()  # torch enters it anew at each resumption, in whatever thread that is
+def _loop(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    pad_id: int,
+    generators: list[torch.Generator] | None,
+    model_kwargs: dict[str, Any],
+) -> Iterator[torch.Tensor]:
+    finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    inputs = model.prepare_inputs_for_generation(
+        input_ids,
+        next_sequence_length=_uncached_length(input_ids, model_kwargs),
+        is_first_iteration=True,
+        **model_kwargs,
+    )
+    while True:
+        outputs = model(**inputs, return_dict=True)
+        # A copy: a slice would keep the logits of the whole prompt alive.
+        logits = outputs.logits[:, -1].to(device=input_ids.device, dtype=torch.float32, copy=True)
+        _carry_over(outputs, model_kwargs)
+        del outputs
+        scores = logits_processor(input_ids, logits)
+        check_scores(scores[~finished])
+        if generators is None:
+            ids = scores.argmax(dim=-1)
+        else:
+            ids = draw(scores, torch.tensor([uniform(g) for g in generators], dtype=torch.float64))
+        ids = ids.masked_fill(finished, pad_id if 0 <= pad_id < scores.shape[-1] else 0)
+        input_ids = torch.cat([input_ids, ids[:, None]], dim=-1)
+        finished = finished | stopping_criteria(input_ids, cast(Any, None))
+        yield ids
+        if finished.all():
+            return
+        inputs = model.prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=1 if model_kwargs.get("use_cache") else None,
+            **model_kwargs,
+        )
+
+
+def _uncached_length(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> int | None:
+    """How many ids at the end a cache that the caller passed does not hold yet; None for all."""
+    cache = model_kwargs.get("past_key_values")
+    cached = cache.get_seq_length() if cache is not None else 0
+    return input_ids.shape[1] - cached if cached else None
+
+
+def _carry_over(outputs: Any, model_kwargs: dict[str, Any]) -> None:
+    """Take from one forward what the next one needs: the cache, and one more position."""
+    for name in _CACHES:
+        if outputs.get(name) is not None:
+            model_kwargs[name] = outputs[name]
+    if (mask := model_kwargs.get("attention_mask")) is not None:
+        model_kwargs["attention_mask"] = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=-1)
+    if (positions := model_kwargs.get("position_ids")) is not None:
+        model_kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
+
+
+def _generators(rows: int, seed: int | None) -> list[torch.Generator]:
+    if seed is None:
+        return [generator_for(int(torch.randint(2**62, ()))) for _ in range(rows)]
+    return [generator_for(seed + row) for row in range(rows)]
+
+
+def _pad_id(config: GenerationConfig) -> int:
+    """The configured pad id; without one, an end id, as transformers has it."""
+    for ids in (config.pad_token_id, config.eos_token_id):
+        if ids is not None:
+            return int(ids[0] if isinstance(ids, list) else ids)
+    return 0
+
+
+def stream_request(model: PreTrainedModel, request: Request) -> Iterator[TokenOutput]:
+    """Run one request alone, to its end: one output a step.
+
+    Raises `InvalidRequest` if log-probabilities are asked for: `generate` has none to give.
+    """
+    if request.params.logprobs is not None:
+        raise InvalidRequest("logprobs need the engine; leave them out here", param="logprobs")
+    return _outputs(model, request)
+
+
+def _outputs(model: PreTrainedModel, request: Request) -> Iterator[TokenOutput]:
+    with closing(stream_ids(model, request)) as ids:
+        for token_id in ids:
+            output = request.take(Choice(token_id))
+            yield output
+            if output.finish_reason is not None:
+                return
+
+
+def stream_ids(model: PreTrainedModel, request: Request) -> Generator[int, None, None]:
+    """The ids of one request run alone; whoever reads them decides when it ends."""
+    ids = torch.tensor([request.prompt_ids], device=model.device)
+    params = request.params
+    steps = cast(Any, model).generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=_generation_config(model, request),
+        logits_processor=LogitsProcessorList(
+            [
+                CountPenalty(
+                    params.frequency_penalty or 0, params.presence_penalty or 0, ids.shape[1]
+                )
+            ]
+            if params.frequency_penalty or params.presence_penalty
+            else []
+        ),
+        custom_generate=stream_sample,
+        generators=[request.generator],
+    )
+    with closing(steps):
+        for step in steps:
+            yield int(step)
+
+
+def _generation_config(model: PreTrainedModel, request: Request) -> GenerationConfig:
+    """The request's parameters as transformers' processors read them.
+
+    What is off gets a neutral value: transformers fills a None with the checkpoint's or its own
+    default. (Greedy search does not read top_k, but warns of any value other than its default.)
+    """
+    params = request.params
+    config = copy.deepcopy(model.generation_config) or GenerationConfig()
+    config.update(
+        do_sample=not params.greedy,
+        temperature=params.temperature or 1.0,
+        top_k=50 if params.greedy else params.top_k or 0,
+        top_p=params.top_p or 1.0,
+        min_p=None if params.greedy else params.min_p or 0.0,
+        typical_p=params.typical_p or 1.0,
+        repetition_penalty=params.repetition_penalty or 1.0,
+        no_repeat_ngram_size=params.no_repeat_ngram_size or 0,
+        min_new_tokens=params.min_new_tokens or 0,
+        max_new_tokens=params.max_new_tokens or 1,
+        max_length=None,
+        max_time=None if config.max_time is None else math.inf,
+        num_beams=1,
+        eos_token_id=sorted(request.all_end_ids) or None,
+        return_dict_in_generate=False,
+        num_return_sequences=1,
+    )
+    if params.logit_bias:
+        config.sequence_bias = [[[i], float(bias)] for i, bias in params.logit_bias.items()]
+    return config

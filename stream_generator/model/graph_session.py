@@ -1,0 +1,91 @@
+"""ONNX Runtime: a graph that is ready to run, and its errors as the engine's own."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import onnxruntime
+import torch
+
+_KINDS = {torch.float32: numpy.float32, torch.int64: numpy.int64, torch.int32: numpy.int32}
+# Threads keep a core while they wait for the next operation of a step, but not for longer than most
+# take, and not between steps: others need it then (docs/performance.md, "The graph").
+_SPINNING = {
+    "session.intra_op.spin_duration_us": "50",
+    "session.force_spinning_stop": "1",
+}
+_OUT_OF_MEMORY = ("bad allocation", "bad_alloc", "failed to allocate")
+
+
+class GraphFailed(RuntimeError):
+    """ONNX Runtime cannot load or run a graph."""
+
+
+class GraphSession:
+    """One graph. Its inputs and outputs are torch tensors, which are neither copied nor kept."""
+
+    def __init__(self, graph: Path):
+        """graph: a file. It runs on as many threads as torch. Raises `GraphFailed`."""
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what fails is raised, and logged by the engine
+        options.intra_op_num_threads = torch.get_num_threads()
+        for name, value in _SPINNING.items():
+            options.add_session_config_entry(name, value)
+        with _errors():
+            self._session: Any = onnxruntime.InferenceSession(
+                graph, options, providers=["CPUExecutionProvider"]
+            )
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of its inputs."""
+        return [value.name for value in self._session.get_inputs()]
+
+    def binding(self) -> Any:
+        """A set of bound tensors, to be used for many calls."""
+        return self._session.io_binding()
+
+    def run_once(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Run the graph on tensors; returns its first output. Raises as `run` does."""
+        with _errors():
+            outputs = self._session.run(None, {name: x.numpy() for name, x in inputs.items()})
+        return torch.from_numpy(outputs[0])
+
+    def run(
+        self, binding: Any, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor],
+        *, shrink: bool = False,
+    ) -> None:  # fmt: skip
+        """Run the graph on the bound tensors and on these, which are contiguous.
+
+        shrink: give memory that is not used afterwards back to the system.
+        Raises `torch.OutOfMemoryError`, and `GraphFailed` for any other failure.
+        """
+        bind(binding, inputs, outputs)
+        options = onnxruntime.RunOptions()
+        if shrink:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        with _errors():
+            self._session.run_with_iobinding(binding, options)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Raise ONNX Runtime's errors, which share no class, as the engine knows them."""
+    try:
+        yield
+    except Exception as error:
+        if any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+            raise torch.OutOfMemoryError(str(error)) from error
+        raise GraphFailed(str(error)) from error
+
+
+def bind(
+    binding: Any, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+) -> None:
+    """Bind tensors by their addresses: they must live as long as the binding is used."""
+    for bind_one, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+        for name, tensor in tensors.items():
+            kind = _KINDS[tensor.dtype]
+            bind_one(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())

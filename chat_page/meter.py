@@ -6,7 +6,16 @@ from typing import Any
 from chat_page.conversation import Figures
 from chat_page.words import Words
 
-_FIRST = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens", "seed")
+_FIRST = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "min_new_tokens",
+    "max_new_tokens",
+    "seed",
+)
 
 
 def meter(figures: Figures, words: Words, position: int | None = None) -> str:

@@ -51,6 +51,7 @@ TEXTS = {
     "top_k_info": ("0: no limit", "0 表示不限"),
     "min_p": ("Min-p", "Min-p"),
     "repetition_penalty": ("Repetition penalty", "重复惩罚"),
+    "min_new_tokens": ("Minimum tokens", "最少词元数"),
     "max_new_tokens": ("Maximum tokens", "最多词元数"),
     "seed": ("Seed", "随机种子"),
     "seed_info": ("Empty: another one each time", "留空则每次不同"),

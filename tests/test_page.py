@@ -188,12 +188,12 @@ def test_a_service_that_is_away_is_said_and_the_conversation_still_opens(at: Any
 
 def test_only_settings_that_differ_from_the_models_own_are_chosen() -> None:
     about = About(model="m", context_length=9, defaults={"temperature": 0.6, "top_p": 0.9})
-    same = ("", 0.6, 0.9, 0, 0, 1, None, None, "")
+    same = ("", 0.6, 0.9, 0, 0, 1, 0, None, None, "")
     assert settings_of(same, about, Settings(seed=9)) == Settings()
-    other = ("p", 0.7, 0.9, 5, 0, 1.1, 7, 3, "a\n\nb")
+    other = ("p", 0.7, 0.9, 5, 0, 1.1, 4, 7, 3, "a\n\nb")
     assert settings_of(other, about, Settings()) == Settings(
-        system_prompt="p", temperature=0.7, top_k=5, repetition_penalty=1.1, max_new_tokens=7,
-        seed=3, stop=("a", "b"),
+        system_prompt="p", temperature=0.7, top_k=5, repetition_penalty=1.1, min_new_tokens=4,
+        max_new_tokens=7, seed=3, stop=("a", "b"),
     )  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def test_a_message_goes_with_its_conversations_settings_whatever_the_fields_show
 ) -> None:
     at(serve(fake_checkpoint(says("abcd"))).url)
     about = page.ask_about()
-    fields = ("", 0.6, 1.0, 0, 0, 1, 3, None, "")
+    fields = ("", 0.6, 1.0, 0, 0, 1, 0, 3, None, "")
     changed = page.keep_settings(None, about, *fields).props["set"]
     assert changed["settings"]["max_new_tokens"] == 3
     conversation = Conversation(id=changed["id"], settings=Settings(**changed["settings"]))

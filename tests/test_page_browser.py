@@ -27,7 +27,7 @@ pytestmark = [
 ]
 SECONDS = 30
 SHORT = {"max_new_tokens": 12, "temperature": 0}
-LONG = {"max_new_tokens": 1500, "temperature": 0.8, "seed": 1}
+LONG = {"min_new_tokens": 1500, "max_new_tokens": 1500, "temperature": 0.8, "seed": 1}
 ASK = "Write a long story about the sea."
 CODE = "```python\nfor n in range(3):\n    print('<b>', n)\n```"
 RICH = f"<think>\nhidden thoughts\n</think>\n\n# Head\n\nText with $x^2$ and `code`.\n\n{CODE}\n\n"

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ import requests
 from conftest import ServiceFactory
 from fakes import fake_checkpoint, says
 
-import llama3_app as page
+from chat_page import events
 from chat_page.controls import About, settings_of
 from chat_page.conversation import (
     MAX_CHARACTERS,
@@ -28,7 +28,7 @@ from chat_page.conversation import (
     Settings,
     Turn,
 )
-from chat_page.reply import Replies
+from chat_page.page import Page
 from chat_page.tokens import Alternative
 from stream_service.client import StreamClient
 
@@ -36,16 +36,9 @@ ROOT = Path(__file__).parent.parent
 TIMEOUT = 60
 
 
-@pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Have the page talk to the service at this address."""
-
-    def use(url: str) -> None:
-        client = StreamClient(url)
-        monkeypatch.setattr(page, "client", client)
-        monkeypatch.setattr(page, "replies", Replies(client))
-
-    return use
+def page_at(url: str) -> Page:
+    """The page of the service at this address."""
+    return Page(StreamClient(url))
 
 
 def outcome(updates: Iterator[dict[Any, Any]]) -> dict[Any, Any]:
@@ -56,96 +49,100 @@ def outcome(updates: Iterator[dict[Any, Any]]) -> dict[Any, Any]:
     return shown
 
 
-def kept(shown: dict[Any, Any]) -> list[str]:
-    return [turn["content"] for turn in shown[page.shelf]["turns"]]
+def kept(page: Page, shown: dict[Any, Any]) -> list[str]:
+    return [turn["content"] for turn in shown[page.layout.shelf]["turns"]]
 
 
-def ask(message: str, value: Any = None, with_tokens: bool = False) -> dict[Any, Any]:
-    return outcome(page.send(value, message, None, with_tokens, None))
+def ask(page: Page, message: str, value: Any = None, with_tokens: bool = False) -> dict[Any, Any]:
+    return outcome(page.events.send(value, message, None, with_tokens, None))
 
 
-def test_a_message_is_answered_and_the_conversation_kept(serve: ServiceFactory, at: Any) -> None:
-    at(serve(fake_checkpoint(says("彩虹!"))).url)
-    shown = ask("hi")
-    assert kept(shown) == ["hi", "彩虹!"]
-    assert kept(ask("more", shown[page.shelf])) == ["hi", "彩虹!", "more", "彩虹!"]
-    assert shown[page.box] == gr.update(submit_btn=True, stop_btn=False)
-    assert shown[page.lane] is None
-    assert outcome(page.send(None, "  ", None, False, None)) == gr.skip()
+def test_a_message_is_answered_and_the_conversation_kept(serve: ServiceFactory) -> None:
+    page = page_at(serve(fake_checkpoint(says("彩虹!"))).url)
+    shown = ask(page, "hi")
+    assert kept(page, shown) == ["hi", "彩虹!"]
+    more = ask(page, "more", shown[page.layout.shelf])
+    assert kept(page, more) == ["hi", "彩虹!", "more", "彩虹!"]
+    assert shown[page.layout.box] == gr.update(submit_btn=True, stop_btn=False)
+    assert shown[page.layout.lane] is None
+    assert outcome(page.events.send(None, "  ", None, False, None)) == gr.skip()
 
 
-def test_the_visitors_message_is_kept_before_its_reply(serve: ServiceFactory, at: Any) -> None:
-    at(serve(fake_checkpoint(says("a"))).url)
-    first = next(page.send(None, "hi", None, False, None))
-    assert kept(first) == ["hi"]
-    assert first[page.box]["stop_btn"] is True
-    assert first[page.lane]
+def test_the_visitors_message_is_kept_before_its_reply(serve: ServiceFactory) -> None:
+    page = page_at(serve(fake_checkpoint(says("a"))).url)
+    first = next(page.events.send(None, "hi", None, False, None))
+    assert kept(page, first) == ["hi"]
+    assert first[page.layout.box]["stop_btn"] is True
+    assert first[page.layout.lane]
 
 
-def test_retry_edit_undo_and_going_on(serve: ServiceFactory, at: Any) -> None:
-    at(serve(fake_checkpoint(says("abcd"))).url)
+def test_retry_edit_undo_and_going_on(serve: ServiceFactory) -> None:
+    page = page_at(serve(fake_checkpoint(says("abcd"))).url)
     short = Conversation(settings=Settings(max_new_tokens=2)).model_dump()
-    cut = ask("hi", short)
-    assert kept(cut) == ["hi", "ab"]
-    value = cut[page.shelf]
-    context = (value, page.ask_about(), False, None)
-    on = outcome(page.go_on(*context, SimpleNamespace(value="go_on")))
-    assert kept(on) == ["hi", "abcd"]
-    again = outcome(page.go_on(*context, SimpleNamespace(value="again")))
-    assert kept(again) == ["hi", "ab"]
-    assert kept(outcome(page.retry(*context))) == ["hi", "ab"]
+    cut = ask(page, "hi", short)
+    assert kept(page, cut) == ["hi", "ab"]
+    value = cut[page.layout.shelf]
+    context = (value, page.events.about_service(), False, None)
+    on = outcome(page.events.go_on(*context, SimpleNamespace(value="go_on")))
+    assert kept(page, on) == ["hi", "abcd"]
+    again = outcome(page.events.go_on(*context, SimpleNamespace(value="again")))
+    assert kept(page, again) == ["hi", "ab"]
+    assert kept(page, outcome(page.events.retry(*context))) == ["hi", "ab"]
     change = SimpleNamespace(index=0, value="h\u2060o")
-    assert kept(outcome(page.edit(*context, change))) == ["ho", "ab"]
-    undone = page.undo(value, None)
-    assert (kept(undone), undone[page.box]) == ([], "hi")
+    assert kept(page, outcome(page.events.edit(*context, change))) == ["ho", "ab"]
+    undone = page.events.undo(value, None)
+    assert (kept(page, undone), undone[page.layout.box]) == ([], "hi")
 
 
-def test_another_token_can_be_taken(serve: ServiceFactory, at: Any) -> None:
-    at(serve(fake_checkpoint(says("abcd"))).url)
-    shown = ask("hi", with_tokens=True)
-    assert [token.text for token in shown[page.tokens]] == list("abcd")
-    assert [cell["text"] for cell in shown[page.token_view]] == list("abcd")
-    other = shown[page.tokens][1].model_copy(update={"alternatives": (Alternative("Z", 0.1),)})
-    tokens = (*shown[page.tokens][:1], other, *shown[page.tokens][2:])
+def test_another_token_can_be_taken(serve: ServiceFactory) -> None:
+    page = page_at(serve(fake_checkpoint(says("abcd"))).url)
+    shown = ask(page, "hi", with_tokens=True)
+    assert [token.text for token in shown[page.layout.tokens]] == list("abcd")
+    assert [cell["text"] for cell in shown[page.layout.token_view]] == list("abcd")
+    other = shown[page.layout.tokens][1].model_copy(
+        update={"alternatives": (Alternative("Z", 0.1),)}
+    )
+    tokens = (*shown[page.layout.tokens][:1], other, *shown[page.layout.tokens][2:])
     choice = SimpleNamespace(token=1, choice=0)
-    after = outcome(page.take(shown[page.shelf], None, tokens, None, choice))
-    assert kept(after) == ["hi", "aZcd"]
-    assert [token.text for token in after[page.tokens]] == ["a", "Z", "c", "d"]
-    stale = outcome(page.take(None, None, tokens, None, choice))
+    after = outcome(page.events.choose_token(shown[page.layout.shelf], None, tokens, None, choice))
+    assert kept(page, after) == ["hi", "aZcd"]
+    assert [token.text for token in after[page.layout.tokens]] == ["a", "Z", "c", "d"]
+    stale = outcome(page.events.choose_token(None, None, tokens, None, choice))
     assert stale == gr.skip()
 
 
 def test_what_the_browser_sends_is_not_trusted() -> None:
     for nonsense in (None, 7, "x", {"turns": [{"role": "system", "content": "x"}]}, [1]):
-        assert page.received(nonsense).turns == ()
+        assert events.received(nonsense).turns == ()
 
 
-def test_a_conversation_opens_with_its_settings(serve: ServiceFactory, at: Any) -> None:
-    at(serve(fake_checkpoint(says("a"))).url)
+def test_a_conversation_opens_with_its_settings(serve: ServiceFactory) -> None:
+    page = page_at(serve(fake_checkpoint(says("a"))).url)
     settings = Settings(temperature=1.5, stop=("x", "y"), system_prompt="p")
     value = Conversation().asked("hi").with_settings(settings).model_dump()
-    shown = outcome(page.show(value, None))
-    fields = page.controls.fields
+    shown = outcome(page.events.show(value, None))
+    fields = page.layout.controls.fields
     assert shown[fields["temperature"]]["value"] == 1.5
     assert shown[fields["temperature"]]["maximum"] == 5
     assert shown[fields["max_new_tokens"]]["maximum"] == 512
     assert shown[fields["stop"]] == "x\ny"
     assert shown[fields["system_prompt"]] == "p"
-    assert "fake" in shown[page.status]
-    assert kept(shown) == ["hi"]
+    assert "fake" in shown[page.layout.status]
+    assert kept(page, shown) == ["hi"]
 
 
 def test_settings_that_this_model_does_not_allow_are_shown_as_the_nearest_it_does(
-    serve: ServiceFactory, at: Any
+    serve: ServiceFactory,
 ) -> None:
-    at(serve(fake_checkpoint(says("a"))).url)
+    page = page_at(serve(fake_checkpoint(says("a"))).url)
     settings = Settings(max_new_tokens=8192, temperature=-1.0, seed=None)
-    shown = outcome(page.show(Conversation().with_settings(settings).model_dump(), None))
-    fields = page.controls.fields
+    shown = outcome(page.events.show(Conversation().with_settings(settings).model_dump(), None))
+    fields = page.layout.controls.fields
     assert shown[fields["max_new_tokens"]]["value"] == 512
     assert shown[fields["temperature"]]["value"] == 0
     assert shown[fields["seed"]]["value"] is None
-    used = ask("hi", shown[page.shelf])[page.shelf]["turns"][-1]["figures"]["params"]
+    answered = ask(page, "hi", shown[page.layout.shelf])
+    used = answered[page.layout.shelf]["turns"][-1]["figures"]["params"]
     assert used["max_new_tokens"] == 512 - 18, "the prompt has 18"
 
 
@@ -153,37 +150,38 @@ def test_what_is_too_large_to_be_kept_goes_back_into_the_box(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
-    monkeypatch.setattr(page.gr, "Warning", said.append)
+    monkeypatch.setattr(gr, "Warning", said.append)
+    page = page_at("http://127.0.0.1:9")
     message = "a" * (MAX_CHARACTERS + 1)
-    assert ask(message) == {page.box: message}
+    assert ask(page, message) == {page.layout.box: message}
     full = Conversation(turns=(Turn(role="user", content="hi"),) * MAX_TURNS)
-    assert ask("hi", full.model_dump()) == {page.box: "hi"}
+    assert ask(page, "hi", full.model_dump()) == {page.layout.box: "hi"}
     assert len([text for text in said if "too long to be kept" in text]) == 2
 
 
-def test_a_message_is_not_edited_away(serve: ServiceFactory, at: Any) -> None:
-    at(serve(fake_checkpoint(says("a"))).url)
-    value = ask("hi")[page.shelf]
+def test_a_message_is_not_edited_away(serve: ServiceFactory) -> None:
+    page = page_at(serve(fake_checkpoint(says("a"))).url)
+    value = ask(page, "hi")[page.layout.shelf]
     change = SimpleNamespace(index=0, value=" ")
-    shown = outcome(page.edit(value, None, False, None, change))
-    assert list(shown) == [page.chat]
-    assert len(shown[page.chat]) == 3
+    shown = outcome(page.events.edit(value, None, False, None, change))
+    assert list(shown) == [page.layout.chat]
+    assert len(shown[page.layout.chat]) == 3
 
 
-def test_what_gives_nothing_changes_nothing(serve: ServiceFactory, at: Any) -> None:
+def test_what_gives_nothing_changes_nothing(serve: ServiceFactory) -> None:
     """Gradio empties every component where a generator yields nothing at all."""
-    at(serve(fake_checkpoint(says("a"))).url)
+    page = page_at(serve(fake_checkpoint(says("a"))).url)
     choice = gr.EventData(None, {"token": 0, "choice": 0})
     value = Conversation().asked("hi").model_dump()
-    assert list(page.send(value, " ", None, False, None)) == [gr.skip()]
-    assert list(page.take(value, None, (), None, choice)) == [gr.skip()]
+    assert list(page.events.send(value, " ", None, False, None)) == [gr.skip()]
+    assert list(page.events.choose_token(value, None, (), None, choice)) == [gr.skip()]
 
 
-def test_a_service_that_is_away_is_said_and_the_conversation_still_opens(at: Any) -> None:
-    at("http://127.0.0.1:9")
-    shown = outcome(page.show(Conversation().asked("hi").model_dump(), None))
-    assert "is not there" in shown[page.status]
-    assert kept(shown) == ["hi"]
+def test_a_service_that_is_away_is_said_and_the_conversation_still_opens() -> None:
+    page = page_at("http://127.0.0.1:9")
+    shown = outcome(page.events.show(Conversation().asked("hi").model_dump(), None))
+    assert "is not there" in shown[page.layout.status]
+    assert kept(page, shown) == ["hi"]
 
 
 def test_only_settings_that_differ_from_the_models_own_are_chosen() -> None:
@@ -198,32 +196,33 @@ def test_only_settings_that_differ_from_the_models_own_are_chosen() -> None:
 
 
 def test_a_message_goes_with_its_conversations_settings_whatever_the_fields_show(
-    serve: ServiceFactory, at: Any
+    serve: ServiceFactory,
 ) -> None:
-    at(serve(fake_checkpoint(says("abcd"))).url)
-    about = page.ask_about()
+    page = page_at(serve(fake_checkpoint(says("abcd"))).url)
+    about = page.events.about_service()
     fields = ("", 0.6, 1.0, 0, 0, 1, 0, 3, None, "")
-    changed = page.keep_settings(None, about, *fields).props["set"]
+    changed = events.keep_settings(None, about, *fields).props["set"]
     assert changed["settings"]["max_new_tokens"] == 3
     conversation = Conversation(id=changed["id"], settings=Settings(**changed["settings"]))
-    assert kept(ask("hi", conversation.model_dump())) == ["hi", "abc"]
+    assert kept(page, ask(page, "hi", conversation.model_dump())) == ["hi", "abc"]
 
 
-def test_settings_outlive_a_service_that_was_away(serve: ServiceFactory, at: Any) -> None:
-    at("http://127.0.0.1:9")
+def test_settings_outlive_a_service_that_was_away(serve: ServiceFactory) -> None:
+    page = page_at("http://127.0.0.1:9")
     value = Conversation().with_settings(Settings(temperature=0.5)).model_dump()
-    away = outcome(page.send(value, "hi", None, False, None))
-    assert "is not there" in away[page.status]
-    at(serve(fake_checkpoint(says("a"))).url)
-    back = outcome(page.send(away[page.shelf], "hi", None, False, None))
-    assert "fake" in back[page.status]
-    assert back[page.controls.fields["temperature"]]["value"] == 0.5
-    assert back[page.shelf]["turns"][-1]["figures"]["params"]["temperature"] == 0.5
+    away = outcome(page.events.send(value, "hi", None, False, None))
+    assert "is not there" in away[page.layout.status]
+    value = away[page.layout.shelf]
+    page = page_at(serve(fake_checkpoint(says("a"))).url)
+    back = outcome(page.events.send(value, "hi", None, False, None))
+    assert "fake" in back[page.layout.status]
+    assert back[page.layout.controls.fields["temperature"]]["value"] == 0.5
+    assert back[page.layout.shelf]["turns"][-1]["figures"]["params"]["temperature"] == 0.5
 
 
-def test_the_pages_settings_are_ones_that_the_service_knows(serve: ServiceFactory, at: Any) -> None:
-    at(serve(fake_checkpoint(says("a"))).url)
-    about = page.ask_about()
+def test_the_pages_settings_are_ones_that_the_service_knows(serve: ServiceFactory) -> None:
+    page = page_at(serve(fake_checkpoint(says("a"))).url)
+    about = page.events.about_service()
     names = set(Settings.model_fields) - {"system_prompt"}
     assert names <= about.bounds.keys()
     for name in names - {"stop"}:
@@ -232,11 +231,12 @@ def test_the_pages_settings_are_ones_that_the_service_knows(serve: ServiceFactor
 
 
 def test_visitors_do_not_wait_for_each_other_and_the_queue_is_bounded() -> None:
-    functions = page.demo.fns.values()
-    assert page.demo._queue.default_concurrency_limit is None
+    page = page_at("http://127.0.0.1:9")
+    functions = page.blocks.fns.values()
+    assert page.blocks._queue.default_concurrency_limit is None
     assert {f.concurrency_limit for f in functions} <= {None, "default"}, "replies have their own"
-    assert page.demo._queue.max_size is not None
-    assert page.demo.analytics_enabled is False
+    assert page.blocks._queue.max_size is not None
+    assert page.blocks.analytics_enabled is False
     assert all(f.api_visibility == "private" for f in functions), "the service is the API"
 
 

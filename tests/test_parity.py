@@ -34,7 +34,8 @@ from stream_generator.loading.layout import locate
 from stream_generator.loop import stream_request
 from stream_generator.model.fused import FusedLayer, fuse
 from stream_generator.request import FinishReason, Request
-from stream_generator.sampling.sampler import generator_for, history_processors, uniform, warpers
+from stream_generator.sampling.processors import ADJUST, RESTRICT, processors
+from stream_generator.sampling.sampler import generator_for, uniform
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.text.chat import Message
 
@@ -151,12 +152,13 @@ def margin_at(reference: Checkpoint, request: Request, at: int) -> float:
     with torch.inference_mode():
         inputs = torch.tensor([before.all_ids], device=reference.model.device)
         scores = reference.model(input_ids=inputs).logits[:, -1].float()
-        if (processors := history_processors(before)) is not None:
-            scores = processors(inputs, scores)
+        scores = processors(ADJUST, before)(inputs, scores)
     if request.params.greedy:
         best = scores[0].topk(2).values
         return float(best[0] - best[1])
-    probabilities = torch.softmax(warpers(before)(inputs, scores)[0].double().cpu(), dim=-1)
+    probabilities = torch.softmax(
+        processors(RESTRICT, before)(inputs, scores)[0].double().cpu(), dim=-1
+    )
     generator = generator_for(request.params.seed or 0)
     number = [uniform(generator) for _ in range(at + 1)][-1]
     return float((probabilities.cumsum(0) - number).abs().min())

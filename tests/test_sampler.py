@@ -13,17 +13,15 @@ from hypothesis import strategies as st
 
 from stream_generator.errors import GenerationFailed
 from stream_generator.request import Request
-from stream_generator.sampling.sampler import (
-    CountPenalty,
-    check_scores,
-    draw,
-    generator_for,
-    history_processors,
-    sample,
-    uniform,
-    warpers,
+from stream_generator.sampling.processors import (
+    ADJUST,
+    RESTRICT,
+    FrequencyPenalty,
+    PresencePenalty,
+    processors,
 )
-from stream_generator.sampling_params import SamplingParams
+from stream_generator.sampling.sampler import check_scores, draw, generator_for, sample, uniform
+from stream_generator.sampling_params import DRAW_FIELDS, SamplingParams
 
 LARGEST_UNIFORM = 1 - 2**-53
 
@@ -100,12 +98,29 @@ def test_count_penalties_follow_openais_formula_on_generated_ids_only(
     prompt = [9, 9, 9]
     scores = torch.zeros(1, 10)
     ids = torch.tensor([prompt + generated])
-    out = CountPenalty(frequency, presence, len(prompt))(ids, scores)
+    scores = FrequencyPenalty(frequency, len(prompt))(ids, scores)
+    out = PresencePenalty(presence, len(prompt))(ids, scores)
     for j in range(10):
         count = generated.count(j)
         assert float(out[0, j]) == pytest.approx(
             -count * frequency - (count > 0) * presence, abs=1e-4
         )
+
+
+# The tables of parameters
+
+
+def test_every_parameter_that_changes_logits_is_in_a_table() -> None:
+    others = {"max_new_tokens", "do_sample", "seed", "stop", "stop_token_ids", "logprobs"}
+    assert {*ADJUST, *RESTRICT} == SamplingParams.model_fields.keys() - others
+    assert tuple(RESTRICT) == DRAW_FIELDS
+
+
+@pytest.mark.parametrize("name", [*ADJUST, *RESTRICT])
+def test_a_neutral_value_is_accepted_and_changes_nothing(name: str) -> None:
+    table = ADJUST if name in ADJUST else RESTRICT
+    (request,) = requests_of({"do_sample": True, "seed": 1, name: table[name].neutral})
+    assert not processors({name: table[name]}, request)
 
 
 # All rows of a step at once
@@ -115,7 +130,7 @@ CLOSE = 1e-4
 CHECKPOINT = dataclasses.replace(fake_checkpoint(says("")), vocab_size=400)
 
 
-def sequences_of(*params: dict[str, Any]) -> list[Request]:
+def requests_of(*params: dict[str, Any]) -> list[Request]:
     return [
         CHECKPOINT.new_request([1, 2, 3, 2], SamplingParams(**p), request_id="x") for p in params
     ]
@@ -126,12 +141,11 @@ def one_by_one(logits: torch.Tensor, requests: list[Request]) -> list[int]:
     ids = []
     for row, request in enumerate(requests):
         scores = logits[row : row + 1].clone()
-        if (processors := history_processors(request)) is not None:
-            scores = processors(torch.tensor([request.all_ids]), scores)
+        scores = processors(ADJUST, request)(torch.tensor([request.all_ids]), scores)
         if request.params.greedy:
             ids.append(int(scores.argmax()))
             continue
-        scores = warpers(request)(None, scores)
+        scores = processors(RESTRICT, request)(None, scores)
         number = uniform(generator_for(request.params.seed or 0))
         ids.append(int(draw(scores, torch.tensor([number], dtype=torch.float64))))
     return ids
@@ -164,7 +178,7 @@ def test_rows_together_give_the_ids_that_transformers_processors_and_the_draw_gi
 ) -> None:
     if ties:  # of equal scores, top-p keeps whichever a sort has put first
         params = [p if p.get("temperature") == 0 else p | {"top_p": 1.0} for p in params]
-    requests = sequences_of(*params)
+    requests = requests_of(*params)
     torch.manual_seed(seed)
     logits = torch.randn(len(params), 400) * 3
     if ties:
@@ -190,14 +204,11 @@ def is_tie(logits: torch.Tensor, request: Request) -> bool:
         if params.top_p is not None
     ]
     numbers = uniform(generator_for(params.seed or 0)) + torch.tensor([-CLOSE, CLOSE]).double()
-    scores = (
-        logits
-        if (p := history_processors(request)) is None
-        else p(torch.tensor([request.all_ids]), logits.clone())
-    )
+    scores = processors(ADJUST, request)(torch.tensor([request.all_ids]), logits.clone())
+    variants = [CHECKPOINT.new_request([1], near, request_id="x") for near in (params, *nearby)]
     ids = {
-        int(draw(warpers(CHECKPOINT.new_request([1], near, request_id="x"))(None, scores), number))
-        for near in (params, *nearby)
+        int(draw(processors(RESTRICT, variant)(None, scores), number))
+        for variant in variants
         for number in numbers.clamp(0, 1)[:, None]
     }
     return len(ids) > 1
@@ -210,7 +221,7 @@ def test_top_p_takes_its_share_of_all_that_top_k_leaves_though_some_lies_beyond_
     flat = {"top_k": 257, "top_p": 0.01, "temperature": 5.0}
     others = [{"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}]
     for seed in range(100):
-        requests = sequences_of(*({**row, "seed": seed} for row in (flat, *others)))
+        requests = requests_of(*({**row, "seed": seed} for row in (flat, *others)))
         logits = torch.randn(4, 400) * 3
         expected = one_by_one(logits, requests)
         assert ids_of(sample(logits.clone(), requests)) == expected
@@ -218,18 +229,18 @@ def test_top_p_takes_its_share_of_all_that_top_k_leaves_though_some_lies_beyond_
 
 def test_a_row_that_is_not_finite_fails_alone() -> None:
     settings_of_rows = [{"temperature": 0}, {"seed": 1}, {"top_k": 5, "seed": 1}, {"seed": 2}]
-    requests = sequences_of(*settings_of_rows)
+    requests = requests_of(*settings_of_rows)
     logits = torch.randn(4, 400)
     expected = one_by_one(logits, requests)
     logits[1, 17], logits[2, 5] = math.nan, math.inf
-    first, second, third, fourth = sample(logits, sequences_of(*settings_of_rows))
+    first, second, third, fourth = sample(logits, requests_of(*settings_of_rows))
     assert ids_of([first, fourth]) == [expected[0], expected[3]]
     assert isinstance(second, GenerationFailed)
     assert isinstance(third, GenerationFailed)
 
 
 def test_the_end_ids_wait_for_the_least_length() -> None:
-    (request,) = sequences_of({"min_new_tokens": 2, "temperature": 0, "stop_token_ids": [9]})
+    (request,) = requests_of({"min_new_tokens": 2, "temperature": 0, "stop_token_ids": [9]})
     logits = torch.zeros(1, 400)
     logits[0, 9], logits[0, 8] = 5.0, 4.0
     assert ids_of(sample(logits.clone(), [request])) == [8]
@@ -249,7 +260,7 @@ def test_log_probabilities_are_the_models_own_whatever_is_done_to_the_scores(
     ]
     logits = torch.randn(1, 400).expand(3, -1) * 2
     own = logits[0].log_softmax(dim=-1)
-    three, none, not_asked = sample(logits.clone(), sequences_of(*settings_of_rows))
+    three, none, not_asked = sample(logits.clone(), requests_of(*settings_of_rows))
     assert three.token_id == none.token_id == not_asked.token_id
     assert three.logprob == none.logprob == pytest.approx(float(own[three.token_id]), abs=1e-5)
     best = own.topk(3)

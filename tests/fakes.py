@@ -19,8 +19,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from stream_generator.engine.engine import Engine
-from stream_generator.engine.model_runner import SoloRunner
 from stream_generator.engine.runners import runner_of
+from stream_generator.engine.solo_runner import SoloRunner
 from stream_generator.loaded_model import Checkpoint
 
 END, TURN = 256, 257  # ids of the byte tokenizer's two control tokens

@@ -10,7 +10,7 @@ from fakes import END, FakeModel, byte_tokenizer, fake_checkpoint, says
 from safetensors.torch import load_file, save_file
 
 from stream_generator.engine.engine import Engine
-from stream_generator.engine.model_runner import runner_for
+from stream_generator.engine.runners import runner_for
 from stream_generator.errors import CheckpointError
 from stream_generator.generate import stream_generate
 from stream_generator.loaded_model import Checkpoint

@@ -14,7 +14,8 @@ from conftest import tiny_llama
 from fakes import Gate, byte_tokenizer, engine_of, fake_checkpoint, says
 
 from stream_generator.engine.engine import Engine
-from stream_generator.engine.model_runner import SoloRunner, runner_for
+from stream_generator.engine.runners import runner_for
+from stream_generator.engine.solo_runner import SoloRunner
 from stream_generator.engine.token_stream import TokenStream
 from stream_generator.errors import (
     CheckpointError,

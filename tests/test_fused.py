@@ -7,7 +7,8 @@ import torch
 from conftest import tiny_llama
 from transformers import PreTrainedModel
 
-from stream_generator.engine.model_runner import ModelRunner, runner_for
+from stream_generator.engine.model_runner import ModelRunner
+from stream_generator.engine.runners import runner_for
 from stream_generator.model.fused import (
     TOLERANCE,
     FusedDecoder,

@@ -20,7 +20,8 @@ from test_parity import random_params
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stream_generator.engine.engine import Engine
-from stream_generator.engine.graph_runner import GraphRunner, find_least_rows
+from stream_generator.engine.graph_runner import GraphRunner
+from stream_generator.engine.row_check import find_least_rows
 from stream_generator.engine.runners import runner_of
 from stream_generator.engine.scheduler import Pace
 from stream_generator.engine.token_stream import TokenStream

@@ -28,7 +28,9 @@ from transformers import (
 )
 
 from stream_generator.engine.engine import Engine
-from stream_generator.engine.model_runner import ModelRunner, SoloRunner, runner_for
+from stream_generator.engine.model_runner import ModelRunner
+from stream_generator.engine.runners import runner_for
+from stream_generator.engine.solo_runner import SoloRunner
 from stream_generator.loaded_model import Checkpoint
 from stream_generator.loading.layout import locate
 from stream_generator.loop import stream_request

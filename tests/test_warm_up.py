@@ -8,7 +8,9 @@ from conftest import tiny_llama
 from fakes import END, FakeModel, byte_tokenizer, fake_checkpoint, says
 
 from stream_generator.engine.engine import Engine
-from stream_generator.engine.model_runner import ModelRunner, SoloRunner, runner_for
+from stream_generator.engine.model_runner import ModelRunner
+from stream_generator.engine.runners import runner_for
+from stream_generator.engine.solo_runner import SoloRunner
 from stream_generator.engine.warm_up import tokens_per_second
 from stream_generator.loaded_model import Checkpoint
 from stream_generator.sampling_params import SamplingParams

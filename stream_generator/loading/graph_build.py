@@ -105,7 +105,7 @@ def check_layer(
             {"": shape.windows[index]},
             CPU,
             torch.float32,
-        ),
+        )[""],
         position_ids=positions,
         position_embeddings=rotary(states, positions),
     )

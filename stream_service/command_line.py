@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from stream_service import __version__
 from stream_service.loopback import is_loopback
 from stream_service.settings import LOOPBACK_NAMES, MAX_BODY_BYTES, Settings
 
@@ -17,6 +18,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line. `settings` is made of what concerns HTTP."""
     parser = argparse.ArgumentParser(
         description="Stream the replies of a language model, token by token, over HTTP."
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"%(prog)s {__version__}",
+        help="print the version and exit",
     )
     groups = {
         "the model": _add_model,

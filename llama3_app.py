@@ -51,24 +51,31 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The chat page of a running LLM Stream Service.")
-    parser.add_argument(
-        "--auth",
-        metavar="NAME:PASSWORD",
-        default=os.environ.get("LLAMA3_APP_AUTH"),
-        help="ask visitors for this name and password. Other users of the machine can read a "
-        "command line; LLAMA3_APP_AUTH hides the password from them",
-    )
-    parser.add_argument(
-        "--share", action="store_true", help="open a public address at Gradio's relay (off)"
-    )
-    parser.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
+    parser = make_parser()
     args = parser.parse_args()
     name, _, password = (args.auth or "").partition(":")
     if args.auth and not (name and password):
         parser.error("--auth wants NAME:PASSWORD")
     args.auth = (name, password) if args.auth else None
     return args
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Serve the chat page of a running service.")
+    parser.add_argument(
+        "--auth",
+        metavar="NAME:PASSWORD",
+        default=os.environ.get("LLAMA3_APP_AUTH"),
+        help="ask visitors for this name and password. Other users of the machine can read a "
+        "command line, so LLAMA3_APP_AUTH is safer (default: LLAMA3_APP_AUTH, or no password)",
+    )
+    parser.add_argument(
+        "--share",
+        action="store_true",
+        help="also open a public address at Gradio's relay (default: off)",
+    )
+    parser.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
+    return parser
 
 
 # `gradio llama3_app.py` runs this file again at each change, for `demo` alone.

@@ -5,13 +5,12 @@ python docs/generate.py
 
 import importlib
 import sys
-from argparse import SUPPRESS, Action, ArgumentParser, Namespace
+from argparse import SUPPRESS, Action
 from pathlib import Path
-from unittest.mock import patch
 
 ROOT = Path(__file__).parent.parent
 TARGET = ROOT / "docs" / "command-line.md"
-SCRIPTS = {"llama3-service": "llama3_service.py", "llama3-app": "llama3_app.py"}
+MODULES = {"llama3-service": "stream_service.command_line", "llama3-app": "llama3_app"}
 INTRODUCTION = """# Command line
 
 `pip install .` installs two commands. A clone also runs them without installation:
@@ -21,33 +20,11 @@ This file is generated: change the help texts of the commands, then run `python 
 """
 
 
-class FoundParser(Exception):
-    """Carries a command's parser out of the command."""
-
-    def __init__(self, parser: ArgumentParser):
-        self.parser = parser
-
-
-def parser_of(script: str) -> ArgumentParser:
-    """Return the parser of a command. Stops the command before it reads the command line."""
-
-    def stop(parser: ArgumentParser, *_: object) -> Namespace:
-        raise FoundParser(parser)
-
-    command = importlib.import_module(script.removesuffix(".py"))
-    with patch.object(ArgumentParser, "parse_args", stop):
-        try:
-            command.main()
-        except FoundParser as found:
-            return found.parser
-    raise AssertionError(f"{script} has no flags")
-
-
 def document() -> str:
     """The whole text. It depends on no terminal width, environment variable or Python version."""
     parts = [INTRODUCTION]
-    for name, script in SCRIPTS.items():
-        parser = parser_of(script)
+    for name, module in MODULES.items():
+        parser = importlib.import_module(module).make_parser()
         parts.append(f"## {name}\n\n{parser.description}\n")
         for group in parser._action_groups:  # argparse has no public list of flags
             rows = [row_of(action) for action in group._group_actions if is_shown(action)]

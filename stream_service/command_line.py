@@ -15,7 +15,21 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line. `settings` holds the options of the HTTP layer.
+    """Parse the command line. `settings` holds the options of the HTTP layer."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if args.device and args.device_map:
+        parser.error("--device and --device-map exclude each other; give one")
+    args.is_loopback = is_loopback(args.host)
+    try:
+        args.settings = _settings(args)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return args
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags, in groups.
 
     Each help text ends with its default; docs/command-line.md is generated from these texts.
     """
@@ -38,15 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     }
     for name, add_flags in groups.items():
         add_flags(parser.add_argument_group(name).add_argument)
-    args = parser.parse_args(arguments)
-    if args.device and args.device_map:
-        parser.error("--device and --device-map exclude each other; give one")
-    args.is_loopback = is_loopback(args.host)
-    try:
-        args.settings = _settings(args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-    return args
+    return parser
 
 
 def _add_model(add: Add) -> None:

@@ -12,7 +12,7 @@ from stream_generator.threads import settle_threads
 settle_threads()  # as the command does: beside a service that computes, busy waiting costs both
 
 import torch
-from fakes import engine_of
+from support.fakes import engine_of
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_llama
-from fakes import (
+from pydantic import ValidationError
+from support.fakes import (
     END,
     FakeModel,
     Gate,
@@ -21,7 +22,6 @@ from fakes import (
     reply_of,
     says,
 )
-from pydantic import ValidationError
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,

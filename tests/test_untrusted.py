@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_llama
-from fakes import byte_tokenizer
 from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fakes import byte_tokenizer
 
 from stream_generator.errors import CheckpointError, InvalidRequest
 from stream_generator.loading.gguf.header import checked_parameters

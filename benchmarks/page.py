@@ -24,7 +24,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from late_tokens import machine  # noqa: E402
-from support.browser import Process, free_port, started_chromium, visit  # noqa: E402
+from support.browser import started_chromium, visit  # noqa: E402
+from support.processes import Process, free_port  # noqa: E402
 
 PARAGRAPH = (
     "The **sea** is `blue`, and $x^2$ is a formula; it goes on for a while, as texts do. "

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from pydantic import ValidationError
 from support.fakes import (
     END,
@@ -22,6 +21,7 @@ from support.fakes import (
     reply_of,
     says,
 )
+from support.models import tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,

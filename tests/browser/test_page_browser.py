@@ -15,7 +15,8 @@ import pytest
 import requests
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
-from support.browser import Process, started_chromium, started_page, started_service, visit
+from support.browser import started_chromium, started_page, started_service, visit
+from support.processes import Process
 
 from stream_service.client import StreamClient
 

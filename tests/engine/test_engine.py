@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
-from support.fakes import Gate, byte_tokenizer, engine_of, fake_checkpoint, says
+from support.engines import engine_of
+from support.fakes import Gate, byte_tokenizer, fake_checkpoint, says
+from support.models import tiny_llama
 
 from stream_generator.engine.engine import Engine
 from stream_generator.engine.model_runner import SoloRunner, runner_for

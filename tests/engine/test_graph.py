@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_parity
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import models
 from support.fakes import byte_tokenizer
-from test_parity import random_params
+from support.models import random_params
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stream_generator.engine.engine import Engine
@@ -42,7 +42,7 @@ CONTEXT = 256
 def build(name: str) -> PreTrainedModel:
     """A tiny random model with heads of a size that the graph takes, on the CPU."""
     sizes = {} if name.startswith("llama") else {"head_dim": 16}
-    return test_parity.build(name, hidden_size=64, **sizes).cpu()
+    return models.build(name, hidden_size=64, **sizes).cpu()
 
 
 class StateWeights:

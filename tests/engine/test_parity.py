@@ -12,19 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from support.fakes import byte_tokenizer
+from support.models import DEVICE, build, random_params, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    MambaConfig,
-    MistralConfig,
-    Phi3Config,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 from stream_generator.engine.engine import Engine
@@ -39,84 +31,6 @@ from stream_generator.sampling_params import SamplingParams
 from stream_generator.text.chat import Message
 
 CLOSE = 1e-4
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COMMON: dict[str, Any] = {
-    "vocab_size": 258,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": 0,
-}
-SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6}
-
-
-def build(name: str, **changes: Any) -> PreTrainedModel:
-    """A tiny random model in float32, with a window shorter than the prompts where it has one."""
-    return _build(name, changes).to(DEVICE)
-
-
-def _build(name: str, changes: dict[str, Any]) -> PreTrainedModel:
-    if name.startswith("llama"):
-        return tiny_llama(
-            **changes,
-            vocab_size=258,
-            num_key_value_heads=4 if "ungrouped" in name else 2,
-            tie_word_embeddings="tied" in name,
-        )
-    torch.manual_seed(0)
-    common = COMMON | changes
-    config = {
-        "mistral": lambda: MistralConfig(**common, sliding_window=6),
-        "qwen2": lambda: Qwen2Config(**common, **SLIDING, use_sliding_window=True),
-        "qwen3": lambda: Qwen3Config(**common),
-        "gemma": lambda: GemmaConfig(**common),
-        "gemma3": lambda: Gemma3TextConfig(**common, **SLIDING),
-        "phi3": lambda: Phi3Config(**common, sliding_window=6),
-        "gemma2": lambda: Gemma2Config(**common, **SLIDING),
-        "mamba": lambda: MambaConfig(
-            vocab_size=258, hidden_size=32, num_hidden_layers=2, state_size=8,
-            bos_token_id=None, eos_token_id=None, pad_token_id=0,
-        ),
-    }[name]()  # fmt: skip
-    return AutoModelForCausalLM.from_config(config).eval()
-
-
-SIDE_BY_SIDE = [
-    "llama", "llama ungrouped", "llama tied",
-    "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi3",
-]  # fmt: skip
-
-
-def random_params(rng: random.Random) -> dict[str, Any]:
-    params: dict[str, Any] = {"max_new_tokens": rng.randrange(5, 24), "seed": rng.randrange(2**32)}
-    if rng.random() < 0.4:
-        params["temperature"] = 0
-    else:
-        params |= {
-            "temperature": rng.choice([0.5, 1.0, 2.0]),
-            "top_k": rng.choice([0, 0, 3, 40]),
-            "top_p": rng.choice([0.5, 0.9, 1.0]),
-            "min_p": rng.choice([0.0, 0.0, 0.1]),
-            "typical_p": rng.choice([1.0, 1.0, 0.8]),
-        }
-    extras = {
-        "repetition_penalty": 1.3,
-        "no_repeat_ngram_size": 2,
-        "frequency_penalty": 0.7,
-        "presence_penalty": -0.5,
-        "logit_bias": {5: 4.0, 6: -4.0},
-        "min_new_tokens": 5,
-        "stop_token_ids": [7, 8, 9],
-        "stop": ["a", "\ufffd\ufffd\ufffd\ufffd"],
-    }
-    return params | {name: extras[name] for name in rng.sample(sorted(extras), 2)}
 
 
 def alone(reference: Checkpoint, request: Request) -> tuple[list[int], FinishReason | None]:
@@ -173,6 +87,10 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+SIDE_BY_SIDE = [
+    "llama", "llama ungrouped", "llama tied",
+    "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi3",
+]  # fmt: skip
 LAYERS = {"own layers": own_layers, "fused": fused}
 FUSIBLE = ["llama", "llama ungrouped", "llama tied", "mistral", "qwen2", "qwen3"]
 CASES = [

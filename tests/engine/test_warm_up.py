@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_llama
 from support.fakes import END, FakeModel, byte_tokenizer, fake_checkpoint, says
+from support.models import tiny_llama
 
 from stream_generator.engine.engine import Engine
 from stream_generator.engine.model_runner import ModelRunner, SoloRunner, runner_for
@@ -43,10 +43,10 @@ def test_a_model_that_runs_one_request_at_a_time_is_measured_too() -> None:
 
 def test_a_model_that_fails_is_no_reason_not_to_start(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(FakeModel):
-        def _next(self, ids: list[int]) -> int:
+        def next_of(self, ids: list[int]) -> int:
             if len(ids) > 17:
                 raise RuntimeError("out of order")
-            return super()._next(ids)
+            return super().next_of(ids)
 
     checkpoint = Checkpoint.of(Broken(says("")), byte_tokenizer())
     assert tokens_per_second(checkpoint, runner_of(checkpoint)) is None

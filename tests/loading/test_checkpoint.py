@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 from support.fakes import END, FakeModel, byte_tokenizer, fake_checkpoint, says
+from support.models import tiny_llama
 
 from stream_generator.engine.engine import Engine
 from stream_generator.engine.model_runner import runner_for

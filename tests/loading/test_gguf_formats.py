@@ -9,11 +9,11 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import tiny_llama
 from gguf import GGUFWriter, RopeScalingType
 from support.fakes import byte_tokenizer
 from support.gguf_files import as_file_type, decoded, name_in_file, write_gguf
-from test_layouts import BEGIN, END_OF_TURN, VOCABULARY, tokenizer_file
+from support.llama3 import BEGIN, END_OF_TURN, VOCABULARY, tokenizer_file
+from support.models import tiny_llama
 from transformers import PreTrainedModel
 
 from stream_generator.engine.graph_runner import GraphRunner

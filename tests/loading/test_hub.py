@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from support.fakes import byte_tokenizer
 from support.gguf_files import write_gguf
-from test_layouts import VOCABULARY, tokenizer_file
+from support.llama3 import VOCABULARY, tokenizer_file
+from support.models import tiny_llama
+from support.processes import ROOT
 
 from stream_generator.loading.meta_checkpoint import meta_tokenizer
 
-ROOT = Path(__file__).parents[2]
 TOKEN = "hf_of_a_test"
 ROTARY = {"rope_type": "default", "rope_theta": 500000.0}
 

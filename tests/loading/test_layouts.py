@@ -1,14 +1,21 @@
 """One model, written in every way that people have it, is one model."""
 
-import base64
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
 from support.gguf_files import neighbours, write_gguf
+from support.llama3 import (
+    BEGIN,
+    END,
+    END_OF_MESSAGE,
+    END_OF_TURN,
+    VOCABULARY,
+    tokenizer_file,
+)
+from support.models import tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stream_generator.errors import CheckpointError
@@ -44,20 +51,6 @@ MESSAGES: Any = [
     {"role": "system", "content": " Be brief.\n"},
     {"role": "user", "content": "\n彩虹 🌈 is <|eot_id|> what?  "},
 ]
-
-
-def tokenizer_file(path: Path) -> Path:
-    """As Meta's, but for its size: each byte, and the pairs of small letters."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = [bytes([b]) for b in range(256)] + [(a + b).encode() for a in letters for b in letters]
-    lines = [f"{base64.b64encode(word).decode()} {rank}" for rank, word in enumerate(words)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-WORDS = 256 + 26 * 26
-VOCABULARY = WORDS + 256
-BEGIN, END, END_OF_MESSAGE, END_OF_TURN = WORDS, WORDS + 1, WORDS + 8, WORDS + 9
 
 
 @pytest.fixture(scope="session")

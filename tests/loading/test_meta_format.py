@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import LLAMA3_TOKENIZER
+from support.llama3 import LLAMA3_TOKENIZER
 
 from stream_generator.loading.cache import cache_directory, made_once
 from stream_generator.loading.meta_checkpoint import SPECIAL_TOKENS, meta_tokenizer

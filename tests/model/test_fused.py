@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_llama
+from support.models import tiny_llama
 from transformers import PreTrainedModel
 
 from stream_generator.engine.model_runner import ModelRunner, runner_for

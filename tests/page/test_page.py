@@ -16,8 +16,8 @@ import gradio as gr
 import psutil
 import pytest
 import requests
-from conftest import ServiceFactory
 from support.fakes import fake_checkpoint, says
+from support.service import ServiceFactory
 
 import llama3_app as page
 from chat_page.controls import About, settings_of

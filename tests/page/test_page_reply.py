@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from conftest import RunningService, ServiceFactory
 from support.fakes import Gate, fake_checkpoint, says
+from support.service import RunningService, ServiceFactory
 
 from chat_page.conversation import Conversation, Settings
 from chat_page.pace import Batches
@@ -275,7 +275,7 @@ def test_a_service_that_is_still_loading_is_said() -> None:
 
 
 def test_a_stream_that_is_cut_keeps_its_text_and_can_go_on(serve: ServiceFactory) -> None:
-    from service.test_client import DELTA, HEAD, answers, chunk
+    from support.answers import DELTA, HEAD, answers, chunk
 
     start = chunk(
         '{"event":"start","id":"x","model":"m","prompt_tokens":3,"trimmed":{"messages":0}}\n'

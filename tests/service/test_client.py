@@ -4,45 +4,17 @@ import os
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from conftest import ServiceFactory
+from support.answers import DELTA, HEAD, START, answers, chunk
 from support.fakes import Gate, fake_checkpoint, says
+from support.service import ServiceFactory
 
 from stream_generator.request import FinishReason
 from stream_service.client import StreamClient, StreamError
 
 TIMEOUT = 60
-HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-
-
-def chunk(text: str) -> bytes:
-    return f"{len(text):x}\r\n{text}\r\n".encode()
-
-
-START = chunk('{"event":"start","id":"x"}\n')
-DELTA = chunk('{"event":"delta","delta":"abc","finished":false}\n')
-
-
-@contextmanager
-def answers(data: bytes) -> Iterator[str]:
-    """A server that answers one request with these bytes and closes the connection."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def serve() -> None:
-            connection, _ = listening.accept()
-            with connection:
-                connection.recv(65536)
-                connection.sendall(data)
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        thread.join()
 
 
 def test_deltas_come_one_by_one_and_the_end_tells_the_rest(serve: ServiceFactory) -> None:

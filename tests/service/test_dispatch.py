@@ -4,7 +4,8 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from support.fakes import Gate, engine_of, fake_checkpoint, says
+from support.engines import engine_of
+from support.fakes import Gate, fake_checkpoint, says
 
 from stream_generator.engine.engine import Engine
 from stream_generator.errors import DuplicateRequest, EngineClosed, QueueFull

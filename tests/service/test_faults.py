@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import RunningService, ServiceFactory, running_service
 from support.fakes import fake_checkpoint, is_complete_prompt, reply_of, says
+from support.service import RunningService, ServiceFactory, running_service
 
 TIMEOUT = 60
 REPLY = "".join(chr(97 + n % 26) for n in range(70))

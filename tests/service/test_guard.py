@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from support.fakes import engine_of, fake_checkpoint, says
+from support.engines import engine_of
+from support.fakes import fake_checkpoint, says
 
 from stream_service.app import create_app
 from stream_service.settings import Settings

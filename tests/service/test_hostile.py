@@ -11,9 +11,10 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from conftest import RunningService, running_service
 from flask.testing import FlaskClient
-from support.fakes import engine_of, fake_checkpoint, says
+from support.engines import engine_of
+from support.fakes import fake_checkpoint, says
+from support.service import RunningService, running_service
 
 from stream_service.app import create_app
 from stream_service.schemas import ChatCompletionRequest, CompletionRequest, StreamRequest

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import ServiceFactory
 from prometheus_client.parser import text_string_to_metric_families
 from support.fakes import fake_checkpoint, says
+from support.service import ServiceFactory
 
 import llama3_service
 from stream_service.settings import Settings

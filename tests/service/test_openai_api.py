@@ -10,10 +10,11 @@ import httpx
 import openai
 import pytest
 import requests
-from conftest import RunningService, ServiceFactory, running_service, tiny_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.fakes import FakeModel, Gate, byte_tokenizer, fake_checkpoint, says
+from support.models import tiny_llama
+from support.service import RunningService, ServiceFactory, running_service
 
 from stream_generator.loaded_model import Checkpoint
 from stream_service.settings import Settings

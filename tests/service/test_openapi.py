@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from support.fakes import engine_of, fake_checkpoint, says
+from support.engines import engine_of
+from support.fakes import fake_checkpoint, says
 
 from stream_service.app import create_app
 from stream_service.schemas import ChatCompletionRequest, CompletionRequest, StreamRequest

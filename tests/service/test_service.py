@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import pytest
 import requests
-from conftest import RunningService, ServiceFactory
 from support.fakes import Gate, fake_checkpoint, says
+from support.service import RunningService, ServiceFactory
 
 from stream_generator.errors import StreamGeneratorError
 from stream_generator.request import FinishReason
@@ -335,7 +335,7 @@ def assert_error_shape(response: requests.Response, status: int) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    from conftest import running_service
+    from support.service import running_service
 
     with running_service(fake_checkpoint(says("ok"), context_length=100)) as service:
         yield service.url

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from support.waiting import wait_for
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
@@ -18,9 +19,6 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from stream_generator.engine.engine import Engine
-from stream_generator.engine.model_runner import SoloRunner
-from stream_generator.engine.runners import runner_of
 from stream_generator.loaded_model import Checkpoint
 
 END, TURN = 256, 257  # ids of the byte tokenizer's two control tokens
@@ -35,7 +33,7 @@ CHAT_TEMPLATE = (
 
 def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """One id a byte: id n is byte n, whatever the text."""
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,7 +45,7 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     return wrapped
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The character that stands for each byte in byte-level tokenizers (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
@@ -74,7 +72,7 @@ class FakeModel(PreTrainedModel, GenerationMixin):
         self.anchor = torch.nn.Parameter(torch.zeros(1))  # what .device and .dtype are read from
         self.generation_config = GenerationConfig(use_cache=False, do_sample=False)
 
-    def _next(self, ids: list[int]) -> int:
+    def next_of(self, ids: list[int]) -> int:
         """Ids below 32 alone are no text, but what a runner tries the model with."""
         return END if max(ids) < 32 else self.next_id(ids)
 
@@ -96,7 +94,7 @@ class FakeModel(PreTrainedModel, GenerationMixin):
         for row, ids in enumerate(seen):
             if attention_mask is not None and attention_mask.dim() == 4:
                 ids = ids[attention_mask[row if len(attention_mask) > 1 else 0, 0, -1] == 0]
-            logits[row, -1, self._next(ids.tolist())] = 50.0
+            logits[row, -1, self.next_of(ids.tolist())] = 50.0
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
@@ -120,13 +118,6 @@ def says(text: str) -> Callable[[list[int]], int]:
     return lambda ids: data[n] if (n := reply_of(ids)) < len(data) else END
 
 
-def engine_of(checkpoint: Checkpoint, *, slots: int | None = None, **options: Any) -> Engine:
-    """An engine with so many slots; it is not started."""
-    runner = runner_of(checkpoint, max_concurrent=slots)
-    assert not isinstance(runner, SoloRunner), "the fake model fits the slot cache"
-    return Engine(checkpoint, runner=runner, **options)
-
-
 def fake_checkpoint(next_id: Callable[[list[int]], int], context_length: int = 512) -> Checkpoint:
     return Checkpoint.of(FakeModel(next_id, context_length), byte_tokenizer(), "fake")
 
@@ -144,7 +135,7 @@ class Gate:
         if not is_complete_prompt(ids):
             return END
         self.arrived.release()
-        assert self.permits.acquire(timeout=60), "nobody let the model go on"
+        wait_for(self.permits)
         self.num_computed_tokens += 1
         return self.inner(ids)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fakes import byte_alphabet
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -74,10 +75,8 @@ def test_joined_deltas_equal_the_decode_of_random_bytes(real_tokenizer: Any, dat
 @cache  # a vocabulary takes a moment to read
 def single_byte_ids(tokenizer: Any) -> dict[int, int]:
     """The id of each byte that has one to itself."""
-    from support.fakes import _byte_alphabet
-
     vocabulary = tokenizer.get_vocab()
-    return {b: vocabulary[c] for b, c in enumerate(_byte_alphabet()) if c in vocabulary}
+    return {b: vocabulary[c] for b, c in enumerate(byte_alphabet()) if c in vocabulary}
 
 
 def test_an_incomplete_character_is_delivered_at_the_end(real_tokenizer: Any) -> None:

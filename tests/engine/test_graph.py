@@ -19,6 +19,7 @@ from support.fakes import byte_tokenizer
 from support.models import random_params
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from stream_generator.engine import graph_runner
 from stream_generator.engine.engine import Engine
 from stream_generator.engine.graph_runner import GraphRunner, find_least_rows
 from stream_generator.engine.runners import runner_of
@@ -30,6 +31,7 @@ from stream_generator.loading import graph_build
 from stream_generator.loading.graph_build import build_graph
 from stream_generator.loading.load import load_checkpoint
 from stream_generator.loading.weights import PackedOnTheWay
+from stream_generator.model.graph_session import GraphSession
 from stream_generator.model.packed_weight import NotBuildable, PackedWeight
 from stream_generator.model.saved_graph import CHECK, MANIFEST, STEP, WEIGHTS, SavedGraph
 from stream_generator.model.step_graph import StepGraph
@@ -150,14 +152,15 @@ def test_a_graph_that_the_memory_does_not_hold_is_a_clear_error(
 
 
 def test_slots_that_take_no_part_and_what_lies_behind_a_row_change_nothing(
-    graph: SavedGraph,
+    graph: SavedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = GraphRunner(graph, slots=4, context=32)
     runner.chunk(2, 0, [5, 6, 7, 8])
     alone = runner.step([2], [4], [9])
-    for states in runner._states.values():
-        states[:, :, 8:] = torch.nan
-        states[[0, 1, 3]] = torch.nan
+    monkeypatch.setattr(
+        graph_runner, "zeros", lambda shape, dtype: torch.full(shape, torch.nan, dtype=dtype)
+    )
+    runner = GraphRunner(graph, slots=4, context=32)
     runner.chunk(2, 0, [5, 6, 7, 8])
     assert torch.equal(runner.step([2], [4], [9]), alone)
     runner.chunk(0, 0, list(range(32)))  # a full slot
@@ -261,9 +264,9 @@ def test_a_request_gives_the_same_bytes_alone_and_in_any_crowd(
     shared = [rng.randrange(258) for _ in range(40)]
 
     def engine() -> Engine:
-        made = Engine(checkpoint, runner=runner, max_waiting=100, reproducible=True)
-        made._batch._scheduler.pace = AnyPace(rng)
-        return made
+        return Engine(
+            checkpoint, runner=runner, max_waiting=100, reproducible=True, pace=AnyPace(rng)
+        )
 
     asked = []
     for _ in range(rng.randrange(2, 12)):
@@ -279,16 +282,18 @@ def test_a_lone_stream_runs_with_as_many_rows_as_the_law_needs(
     graph: SavedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where one row is computed by another kernel than two."""
-    runner = GraphRunner(graph, slots=2, context=32, least_rows=2)
     rows: list[int] = []
-    run = runner._session.run
+    run = GraphSession.run
 
-    def counted(binding: Any, inputs: Any, outputs: Any, **options: Any) -> None:
+    def counted(
+        session: GraphSession, binding: Any, inputs: Any, outputs: Any, **options: Any
+    ) -> None:
         rows.append(len(inputs["ids"]))
         assert len(inputs["wanted"]) >= 2
-        run(binding, inputs, outputs, **options)
+        run(session, binding, inputs, outputs, **options)
 
-    monkeypatch.setattr(runner._session, "run", counted)
+    monkeypatch.setattr(GraphSession, "run", counted)
+    runner = GraphRunner(graph, slots=2, context=32, least_rows=2)
     logits = [runner.chunk(0, 0, [5]), runner.chunk(0, 1, [6, 7, 8]), runner.step([0], [4], [9])]
     assert rows == [2, 3, 2]
     assert [len(x) for x in logits] == [1, 1, 1]
@@ -303,9 +308,7 @@ def test_the_demo_model_gives_the_same_bytes_alone_and_in_a_crowd(n: int, demo: 
     rng = random.Random(n)
 
     def engine() -> Engine:
-        made = Engine(demo, runner=runner, max_waiting=100, reproducible=True)
-        made._batch._scheduler.pace = AnyPace(rng)
-        return made
+        return Engine(demo, runner=runner, max_waiting=100, reproducible=True, pace=AnyPace(rng))
 
     asked = []
     for topic in rng.sample(["rain", "bread", "bees", "iron", "music", "chess"], 3):

@@ -14,8 +14,6 @@ from support.service import ServiceFactory
 from stream_generator.request import FinishReason
 from stream_service.client import StreamClient, StreamError
 
-TIMEOUT = 60
-
 
 def test_deltas_come_one_by_one_and_the_end_tells_the_rest(serve: ServiceFactory) -> None:
     gate = Gate(says("ab"))
@@ -61,18 +59,17 @@ def test_leaving_the_iterator_stops_the_generation(serve: ServiceFactory, way: s
     reply = StreamClient(service.url).stream("hi")
     gate.allow()
     assert next(reply) == "a"
-    (stream,) = service.engine._streams.values()
+    (request,) = service.engine.requests
     if way == "with":
         with reply:
             pass
     else:
         reply.close()
         reply.close()
-    with service.engine._changed:
-        assert service.engine._changed.wait_for(lambda: stream.request.abort_requested, TIMEOUT)
+    service.wait_for_abort(request)
     gate.allow(1000)
     assert StreamClient(service.url).chat("hi", max_new_tokens=1)["response"] == "a"
-    assert stream.request.finish_reason is FinishReason.ABORT
+    assert request.finish_reason is FinishReason.ABORT
 
 
 def test_a_refusal_is_raised_before_anything_is_read(serve: ServiceFactory) -> None:

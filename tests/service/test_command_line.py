@@ -1,8 +1,13 @@
 """The flags, and what becomes of them."""
 
+import re
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from signal import SIGHUP, SIGINT, SIGTERM
 
 import pytest
+from support.engines import engine_of
 from support.fakes import FakeModel, byte_tokenizer, fake_checkpoint, says
 
 import llama3_service
@@ -102,6 +107,26 @@ def test_an_empty_key_in_the_environment_does_not_open_the_door(
     assert parse_arguments([]).settings.api_keys == ("k",)
 
 
+Welcome = Callable[[list[str], Checkpoint], str]
+
+
+@pytest.fixture
+def welcome(capsys: pytest.CaptureFixture[str]) -> Iterator[Welcome]:
+    """Return what the command prints when the model is loaded; its engine has drained already."""
+    handlers = {number: signal.getsignal(number) for number in (SIGHUP, SIGINT, SIGTERM)}
+
+    def printed(arguments: list[str], checkpoint: Checkpoint) -> str:
+        engine = engine_of(checkpoint, slots=1)
+        engine.drain(0)
+        server = llama3_service.listen(parse_arguments(["-P", "0"]))
+        assert llama3_service.serve(parse_arguments(arguments), server, engine) == 0
+        return capsys.readouterr().out
+
+    yield printed
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("arguments", "is_warned"),
     [
@@ -111,29 +136,25 @@ def test_an_empty_key_in_the_environment_does_not_open_the_door(
         ([], False),
     ],
 )
-def test_an_open_door_is_warned_of(arguments: list[str], is_warned: bool) -> None:
-    welcome = llama3_service._welcome(
-        parse_arguments(arguments), fake_checkpoint(says("")), "http://x"
-    )
-    assert ("WARNING" in welcome) == is_warned
+def test_a_service_without_a_key_that_others_can_reach_prints_a_warning(
+    arguments: list[str], is_warned: bool, welcome: Welcome
+) -> None:
+    assert ("WARNING" in welcome(arguments, fake_checkpoint(says("")))) == is_warned
 
 
 @pytest.mark.parametrize(
-    ("address", "goes_past"),
-    [("http://127.0.0.1:8800", True), ("http://[::1]:8800", True), ("http://10.0.0.1:80", False)],
+    ("host", "goes_past"),
+    [("127.0.0.1", True), ("::1", True), ("0.0.0.0", True), ("10.0.0.1", False)],
 )
 def test_the_first_thing_to_try_goes_past_a_proxy_to_this_machine(
-    address: str, goes_past: bool, proxy_that_is_away: None
+    host: str, goes_past: bool, welcome: Welcome, proxy_that_is_away: None
 ) -> None:
-    """Also where the service listens on all addresses of the machine."""
-    arguments = parse_arguments(["-H", "0.0.0.0"])
-    welcome = llama3_service._welcome(arguments, fake_checkpoint(says("")), address)
-    assert ("--noproxy '*'" in welcome) == goes_past
+    printed = welcome(["-H", host], fake_checkpoint(says("")))
+    assert ("--noproxy '*'" in printed) == goes_past
 
 
-def test_the_first_thing_to_try_is_what_the_model_can_do() -> None:
+def test_the_first_thing_to_try_is_what_the_model_can_do(welcome: Welcome) -> None:
     chats = fake_checkpoint(says(""))
-    assert "http://x/stream" in llama3_service._welcome(parse_arguments([]), chats, "http://x")
+    assert re.search(r"curl .* http://127\.0\.0\.1:\d+/stream\n", welcome([], chats))
     base = Checkpoint.of(FakeModel(says("")), byte_tokenizer(chat_template=None))
-    welcome = llama3_service._welcome(parse_arguments([]), base, "http://x")
-    assert "http://x/v1/completions" in welcome
+    assert re.search(r"curl .* http://127\.0\.0\.1:\d+/v1/completions\n", welcome([], base))

@@ -2,9 +2,9 @@
 
 import threading
 
-from stream_service.disconnect import DisconnectWatcher
+from support.waiting import wait_for
 
-TIMEOUT = 60
+from stream_service.disconnect import DisconnectWatcher
 
 
 def test_only_those_who_left_are_called_back_and_only_once() -> None:
@@ -27,9 +27,9 @@ def test_only_those_who_left_are_called_back_and_only_once() -> None:
     unwatch()
     unwatch()
     left.set()
-    assert called.wait(TIMEOUT)
+    wait_for(called)
     for _ in range(5):  # several rounds later
-        assert asked_again.acquire(timeout=TIMEOUT)
+        wait_for(asked_again)
     assert calls == ["leaver"]
 
 
@@ -42,4 +42,4 @@ def test_one_that_raises_does_not_end_the_watch() -> None:
 
     watcher.watch(broken, lambda: None)
     watcher.watch(lambda: True, called.set)
-    assert called.wait(TIMEOUT)
+    wait_for(called)

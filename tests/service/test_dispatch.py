@@ -4,15 +4,15 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from support.engines import engine_of
+from support.engines import PROMPT, engine_of
 from support.fakes import Gate, fake_checkpoint, says
+from support.service import free_places
+from support.waiting import wait_for
 
 from stream_generator.engine.engine import Engine
 from stream_generator.errors import DuplicateRequest, EngineClosed, QueueFull
 from stream_generator.sampling_params import SamplingParams
 from stream_service.dispatch import MOST_RETRY_SECONDS, Dispatcher
-
-PROMPT = list(b"assistant:")
 
 
 @pytest.fixture
@@ -36,7 +36,15 @@ def test_one_more_than_there_are_places_is_refused_before_it_is_looked_at(engine
 
 def test_ten_thousand_who_race_never_hold_more_places_than_there_are(engine: Engine) -> None:
     dispatcher = Dispatcher(engine)
+    counting = threading.Lock()
+    held = 0  # at least so many places are taken
     most, refused = [], []
+
+    def count(change: int) -> int:
+        nonlocal held
+        with counting:
+            held += change
+            return held
 
     def race(number: int) -> None:
         for n in range(625):
@@ -45,17 +53,18 @@ def test_ten_thousand_who_race_never_hold_more_places_than_there_are(engine: Eng
             except QueueFull:
                 refused.append(1)
                 continue
-            most.append(len(dispatcher._admitted))
+            most.append(count(1))
+            count(-1)
             admission.release()
 
     threads = [threading.Thread(target=race, args=(n,)) for n in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        wait_for(thread)
     assert len(most) + len(refused) == 10_000
     assert max(most) <= 4
-    assert not dispatcher._admitted
+    assert free_places(dispatcher) == 4
 
 
 def test_an_id_names_one_request_at_a_time(engine: Engine) -> None:
@@ -93,13 +102,12 @@ def test_when_to_try_again_follows_from_how_long_requests_take() -> None:
     engine = engine_of(fake_checkpoint(gate), slots=2).start()
     dispatcher = Dispatcher(engine)
     assert dispatcher.retry_after() == 1
-    admission = dispatcher.admit("a", None)
     gate.allow(100)
-    (stream,) = admission.submit([PROMPT], SamplingParams())
-    list(stream)
-    stream.request.started_at = stream.request.finished_at - 7.5
-    admission.release()
-    assert dispatcher.retry_after() == 8
-    dispatcher._seconds = 1e9
-    assert dispatcher.retry_after() == MOST_RETRY_SECONDS
+    for seconds, expected in ((7.5, 8), (1e9, MOST_RETRY_SECONDS)):
+        admission = dispatcher.admit("a", None)
+        (stream,) = admission.submit([PROMPT], SamplingParams())
+        list(stream)
+        stream.request.started_at = stream.request.finished_at - seconds
+        admission.release()
+        assert dispatcher.retry_after() == expected
     engine.close()

@@ -10,10 +10,13 @@ from typing import Any
 
 import pytest
 import requests
+from support.engines import free_slots
 from support.fakes import fake_checkpoint, is_complete_prompt, reply_of, says
 from support.service import RunningService, ServiceFactory, running_service
+from support.waiting import TIMEOUT, wait_for
 
-TIMEOUT = 60
+from stream_generator.engine.engine import Engine
+
 REPLY = "".join(chr(97 + n % 26) for n in range(70))
 FORMS = {
     "text": ("/stream", {"query": "%s"}, "text/plain"),
@@ -108,10 +111,8 @@ def test_a_fault_at_any_token_fails_that_request_alone(service: RunningService, 
     assert service.engine.life.is_accepting
 
 
-def wait_until_idle(service: RunningService) -> None:
-    engine = service.engine
-    with engine._changed:
-        assert engine._changed.wait_for(lambda: not engine._streams, TIMEOUT)
+def wait_until_idle(engine: Engine) -> None:
+    wait_for(lambda: not engine.requests, engine)
 
 
 def descriptors() -> int:
@@ -139,21 +140,19 @@ def test_two_hundred_who_leave_at_random_leave_nothing_behind(serve: ServiceFact
             pass
 
     ask(service, "text", "hi").close()
-    wait_until_idle(service)
+    wait_until_idle(service.engine)
     threads, files = threading.active_count(), descriptors()
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(come_and_go, range(200)))
-    wait_until_idle(service)
-    assert service.engine._batch.free_slots == 4
-    assert service.engine.waiting == 0
-    # A place is given back when waitress has closed the answer, shortly after the engine is done.
-    dispatcher = service.app.extensions["dispatcher"]
-    for _ in range(1000):
+    wait_until_idle(service.engine)
+    assert free_slots(service.engine) == 4
+
+    def is_as_before() -> bool:
+        """A place is given back when waitress has closed the answer, soon after the reply ends."""
         assert requests.get(f"{service.url}/ready", timeout=TIMEOUT).status_code == 200
-        if not dispatcher._admitted and descriptors() <= files:
-            break
-    assert not dispatcher._admitted
-    assert descriptors() <= files
+        return service.has_all_places_free and descriptors() <= files
+
+    wait_for(is_as_before)
     assert threading.active_count() == threads
     with ask(service, "chat", "hi") as response:
         assert response.json()["response"] == REPLY * 5

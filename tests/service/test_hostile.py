@@ -15,11 +15,11 @@ from flask.testing import FlaskClient
 from support.engines import engine_of
 from support.fakes import fake_checkpoint, says
 from support.service import RunningService, running_service
+from support.waiting import TIMEOUT
 
 from stream_service.app import create_app
 from stream_service.schemas import ChatCompletionRequest, CompletionRequest, StreamRequest
 
-TIMEOUT = 60
 CHAT = [{"role": "user", "content": "hi"}]
 ROUTES: dict[str, tuple[Any, dict[str, Any]]] = {
     "/stream": (StreamRequest, {"query": "hi"}),

@@ -9,11 +9,11 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 from support.fakes import fake_checkpoint, says
 from support.service import ServiceFactory
+from support.waiting import TIMEOUT
 
 import llama3_service
 from stream_service.settings import Settings
 
-TIMEOUT = 60
 SECRET_KEY, SECRET_QUERY, SECRET_REPLY = "key-of-gold", "query-of-silver", "reply-of-bronze"
 
 

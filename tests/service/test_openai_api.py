@@ -2,7 +2,6 @@
 
 import json
 import math
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,14 +11,15 @@ import pytest
 import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.engines import free_slots
 from support.fakes import FakeModel, Gate, byte_tokenizer, fake_checkpoint, says
 from support.models import tiny_llama
 from support.service import RunningService, ServiceFactory, running_service
+from support.waiting import TIMEOUT, wait_for
 
 from stream_generator.loaded_model import Checkpoint
 from stream_service.settings import Settings
 
-TIMEOUT = 60
 HI: Any = [{"role": "user", "content": "hi"}]
 
 
@@ -287,15 +287,14 @@ def test_a_failure_is_a_500_and_in_mid_stream_an_error_and_no_end(serve: Service
 def test_a_client_that_runs_out_of_time_leaves_and_its_slot_is_free(serve: ServiceFactory) -> None:
     gate = Gate(says("abc"))
     service = serve(fake_checkpoint(gate), slots=1)
-    with client_of(service, timeout=0.2) as client, pytest.raises(openai.APITimeoutError):
+    with client_of(service, timeout=1) as client, pytest.raises(openai.APITimeoutError):
         client.chat.completions.create(model="fake", messages=HI)
-    (request,) = (stream.request for stream in service.engine._streams.values())
-    ended = threading.Thread(target=service.engine.wait_until_finished, args=[request])
-    ended.start()
-    while ended.is_alive():  # a token a turn, until the leaving is noticed
-        gate.allow()
-        ended.join(0.01)
-    assert request.finish_reason == "abort" or request.output_ids == list(b"abc")
+    wait_for(gate.arrived)
+    (request,) = service.engine.requests
+    service.wait_for_abort(request)
+    gate.allow(100)
+    wait_for(lambda: request.finish_reason == "abort", service.engine)
+    assert free_slots(service.engine) == 1
 
 
 TINY = Checkpoint.of(tiny_llama(vocab_size=258), byte_tokenizer(), "tiny")

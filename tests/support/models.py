@@ -20,6 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
+PAD = 0
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMMON: dict[str, Any] = {
     "vocab_size": 258,
@@ -33,7 +34,7 @@ COMMON: dict[str, Any] = {
     "initializer_range": 0.3,
     "bos_token_id": None,
     "eos_token_id": None,
-    "pad_token_id": 0,
+    "pad_token_id": PAD,
 }
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 6}
 
@@ -111,6 +112,23 @@ def random_params(rng: random.Random) -> dict[str, Any]:
         "stop": ["a", "\ufffd\ufffd\ufffd\ufffd"],
     }
     return params | {name: extras[name] for name in rng.sample(sorted(extras), 2)}
+
+
+def prompts(*lengths: int) -> dict[str, torch.Tensor]:
+    """Random prompts of these lengths, padded on the left."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.full((len(lengths), max(lengths)), PAD)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, -length:] = torch.randint(2, 128, (length,), generator=generator)
+        mask[row, -length:] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generated(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
+    """What transformers' own loop adds to the prompts: [rows, steps]."""
+    whole = model.generate(**inputs, **options)
+    return whole[:, inputs["input_ids"].shape[1] :]
 
 
 def counting(model: PreTrainedModel) -> Callable[[], int]:

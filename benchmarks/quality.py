@@ -30,7 +30,7 @@ from stream_generator.loaded_model import Checkpoint
 from stream_generator.loading.demo_model import DEMO_GGUF
 from stream_generator.loading.layout import locate
 from stream_generator.loading.load import load_checkpoint
-from stream_generator.loading.pypi_file import bring
+from stream_generator.loading.pypi_file import fetch
 from stream_generator.model.kv_cache import SlotRows, masks
 from stream_generator.model.saved_graph import SavedGraph
 
@@ -77,7 +77,7 @@ def main() -> None:
 @torch.inference_mode()
 def reference_logprobs(ids: list[list[int]]) -> list[torch.Tensor]:
     """Of every position of each text: float32 [tokens, vocab]."""
-    gguf = bring(DEMO_GGUF)
+    gguf = fetch(DEMO_GGUF)
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),

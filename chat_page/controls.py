@@ -5,10 +5,10 @@ from typing import Any
 import gradio as gr
 from pydantic import Field
 
-from chat_page.conversation import Count, Line, Record, Settings
+from chat_page.conversation import ChatSettings, Count, Line, Record
 from chat_page.words import PRESETS, i18n, preset_of
 
-NUMBERS = [name for name in Settings.model_fields if name not in ("system_prompt", "stop")]
+NUMBERS = [name for name in ChatSettings.model_fields if name not in ("system_prompt", "stop")]
 # What a setting does nothing at, where the model's defaults do not name it.
 NEUTRAL = {
     "temperature": 0.0,
@@ -75,9 +75,9 @@ class Controls:
     @property
     def fields(self) -> dict[str, gr.components.Component]:
         """The components by the names of the settings."""
-        return {name: getattr(self, name) for name in Settings.model_fields}
+        return {name: getattr(self, name) for name in ChatSettings.model_fields}
 
-    def updates(self, settings: Settings, about: About | None) -> dict[Any, Any]:
+    def updates(self, settings: ChatSettings, about: About | None) -> dict[Any, Any]:
         """Show these settings, with the service's own where they say nothing.
 
         Number fields are disabled until the service publishes its bounds.
@@ -102,7 +102,7 @@ class Controls:
         return [self.preset, *self.fields.values()]
 
 
-def fitting(settings: Settings, about: About) -> Settings:
+def fitting(settings: ChatSettings, about: About) -> ChatSettings:
     """Replace each number that the service would refuse by the nearest one that it accepts."""
     nearest = {}
     for name in NUMBERS:
@@ -112,19 +112,19 @@ def fitting(settings: Settings, about: About) -> Settings:
     return settings.model_copy(update=nearest)
 
 
-def settings_of(values: tuple[Any, ...], about: About | None, before: Settings) -> Settings:
+def settings_of(values: tuple[Any, ...], about: About | None, before: ChatSettings) -> ChatSettings:
     """What the visitor chose, out of the components' values: only what differs from the default.
 
     before: what had been chosen. While the service is away (no `about`), the components show no
     numbers that could have been chosen, and those stay.
     """
-    chosen = dict(zip(Settings.model_fields, values, strict=True))
+    chosen = dict(zip(ChatSettings.model_fields, values, strict=True))
     stop = tuple(line for line in (chosen.pop("stop") or "").splitlines() if line)
     prompt = chosen.pop("system_prompt") or ""
     if about is None:
         return before.model_copy(update={"system_prompt": prompt, "stop": stop})
     chosen = {name: value for name, value in chosen.items() if value != about.default(name)}
-    return Settings(system_prompt=prompt, stop=stop, **chosen)
+    return ChatSettings(system_prompt=prompt, stop=stop, **chosen)
 
 
 def _slider(name: str, least: float, greatest: float, **options: Any) -> gr.Slider:

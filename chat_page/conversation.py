@@ -32,7 +32,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Settings(Record):
+class ChatSettings(Record):
     """What the visitor chose. None: as the service does it by itself; it knows the bounds."""
 
     system_prompt: Text = ""
@@ -93,7 +93,7 @@ class Conversation(Record):
     )
     name: Annotated[str, Field(max_length=200)] = ""
     updated: Number = 0.0
-    settings: Settings = Settings()
+    settings: ChatSettings = ChatSettings()
     turns: Annotated[tuple[Turn, ...], Field(max_length=MAX_TURNS)] = ()
 
     def asked(self, message: str) -> Self:
@@ -135,7 +135,7 @@ class Conversation(Record):
         named = self.model_copy(update={"turns": turns, "name": self.name if turns else ""})
         return named.asked(message)
 
-    def with_settings(self, settings: Settings) -> Self:
+    def with_settings(self, settings: ChatSettings) -> Self:
         return self.model_copy(update={"settings": settings})
 
     @property

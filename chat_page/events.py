@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from chat_page import files
 from chat_page.controls import About, fitting, settings_of
-from chat_page.conversation import Conversation, Settings, TooLarge
+from chat_page.conversation import ChatSettings, Conversation, TooLarge
 from chat_page.layout import Layout
 from chat_page.markup import unmarked
 from chat_page.reply import Replies, sentence
@@ -240,7 +240,7 @@ class Events:
 
     def reset_settings(self, about: About | None, prompt: str) -> Updates:
         """Show the model's own settings; the system prompt stays."""
-        return self._page.controls.updates(Settings(system_prompt=prompt), about)
+        return self._page.controls.updates(ChatSettings(system_prompt=prompt), about)
 
 
 def received(value: Any) -> Conversation:

@@ -94,7 +94,7 @@ class Replies:
             if not this.is_stopped:
                 for batch in this.batches:
                     for event in batch:
-                        reply.take(event)
+                        reply.add(event)
                     yield reply.progress()
             if reply.figures.finish_reason is None:
                 reply.update(finish_reason="abort")
@@ -160,7 +160,7 @@ class _Reply:
             known = self.figures.model_dump() | figures
             self.figures = Figures.model_validate(known)
 
-    def take(self, event: dict[str, Any]) -> None:
+    def add(self, event: dict[str, Any]) -> None:
         match event["event"]:
             case "start":
                 self.update(
@@ -171,7 +171,7 @@ class _Reply:
             case "queue":
                 self._position = event["position"]
             case "delta":
-                self._take_delta(event)
+                self._add_delta(event)
             case "end":
                 self._position = None
                 self.update(
@@ -181,7 +181,7 @@ class _Reply:
                     **event["timings"],
                 )
 
-    def _take_delta(self, event: dict[str, Any]) -> None:
+    def _add_delta(self, event: dict[str, Any]) -> None:
         now = self._clock()
         self._position = None
         self.text += event["delta"]

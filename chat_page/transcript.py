@@ -11,10 +11,10 @@ from chat_page.reply import Progress
 from chat_page.thinking import split_thinking
 from chat_page.words import Words
 
-Message = dict[str, Any]
+ChatbotMessage = dict[str, Any]
 
 
-def transcript(conversation: Conversation, words: Words) -> list[Message]:
+def transcript(conversation: Conversation, words: Words) -> list[ChatbotMessage]:
     """All messages: of a reply its thinking, its answer, what went wrong, and its figures.
 
     Under the last one are the ways on, where a reply is missing or was cut short.
@@ -27,12 +27,12 @@ def transcript(conversation: Conversation, words: Words) -> list[Message]:
     return messages
 
 
-def finished(turns: Iterable[Turn], words: Words) -> list[Message]:
+def finished(turns: Iterable[Turn], words: Words) -> list[ChatbotMessage]:
     """The messages of turns that no longer change."""
     return [message for turn in turns for message in _shown(turn, words)]
 
 
-def in_progress(progress: Progress, words: Words) -> list[Message]:
+def in_progress(progress: Progress, words: Words) -> list[ChatbotMessage]:
     """The messages of a reply that is being written."""
     return _shown(progress.turn, words, progress)
 
@@ -47,7 +47,7 @@ def turn_at(conversation: Conversation, index: int, words: Words) -> int:
     raise IndexError(index)
 
 
-def _shown(turn: Turn, words: Words, writing: Progress | None = None) -> list[Message]:
+def _shown(turn: Turn, words: Words, writing: Progress | None = None) -> list[ChatbotMessage]:
     if turn.role == "user":
         return [_message("user", marked(turn.content))]
     messages = []
@@ -79,11 +79,11 @@ def _ways_on(turn: Turn, words: Words) -> list[dict[str, str]]:
     return [{"label": words(way), "value": way} for way in ways]
 
 
-def _notice(text: str) -> Message:
+def _notice(text: str) -> ChatbotMessage:
     # On one line: an empty one would end the HTML, and what follows would be Markdown.
     return _message("assistant", f'<div class="notice">{escape(" ".join(text.split()))}</div>')
 
 
-def _message(role: str, text: str) -> Message:
+def _message(role: str, text: str) -> ChatbotMessage:
     # As a part, since Gradio strips the indentation of a plain string.
     return {"role": role, "content": [{"type": "text", "text": text}]}

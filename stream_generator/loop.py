@@ -172,7 +172,7 @@ def stream_request(model: PreTrainedModel, request: Request) -> Iterator[TokenOu
 def _outputs(model: PreTrainedModel, request: Request) -> Iterator[TokenOutput]:
     with closing(stream_ids(model, request)) as ids:
         for token_id in ids:
-            output = request.take(Choice(token_id))
+            output = request.append(Choice(token_id))
             yield output
             if output.finish_reason is not None:
                 return

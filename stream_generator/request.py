@@ -143,7 +143,7 @@ class Request:
         self.started_at = time.monotonic()
         self.slot, self.num_computed_tokens, self.num_cached_tokens = slot, cached, cached
 
-    def take(self, choice: Choice) -> TokenOutput:
+    def append(self, choice: Choice) -> TokenOutput:
         """Take the id that was computed last. The one place that decides how a request ends.
 
         An end id ends it and is neither shown nor counted.

@@ -15,19 +15,22 @@ from stream_service.errors import answer, http_answer
 from stream_service.exchange import dispatcher
 from stream_service.guard import install_guard
 from stream_service.metrics import Metrics
-from stream_service.settings import Settings
+from stream_service.settings import ServiceSettings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 
 
 def create_app(
-    engine: Engine, settings: Settings | None = None, *, tokens_per_second: float | None = None
+    engine: Engine,
+    settings: ServiceSettings | None = None,
+    *,
+    tokens_per_second: float | None = None,
 ) -> Flask:
     """The service as a WSGI application, on an engine that has been started.
 
     tokens_per_second: of one stream, where that has been measured.
     """
-    settings = settings or Settings()
+    settings = settings or ServiceSettings()
     app = Flask("stream_service", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body
     # In the order of the protocol. (The attribute is of the default provider.)

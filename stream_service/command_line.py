@@ -8,7 +8,7 @@ from pathlib import Path
 
 from stream_service import __version__
 from stream_service.loopback import is_loopback
-from stream_service.settings import LOOPBACK_NAMES, MAX_BODY_BYTES, Settings
+from stream_service.settings import LOOPBACK_NAMES, MAX_BODY_BYTES, ServiceSettings
 
 Add = Callable[..., argparse.Action]  # `add_argument` of a group
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -232,7 +232,7 @@ def _add_logging(add: Add) -> None:
     add("--log-json", action="store_true", help="write log lines as JSON (default: off)")
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace) -> ServiceSettings:
     keys = [*args.api_key]
     if (from_environment := os.environ.get("LLAMA3_API_KEY")) is not None:
         if not from_environment.strip():
@@ -248,7 +248,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         hosts |= LOOPBACK_NAMES  # the page, and those who watch over it from this machine
     if args.is_loopback:
         hosts.add(args.host)
-    return Settings(
+    return ServiceSettings(
         api_keys=tuple(key.strip() for key in keys),
         allowed_hosts=frozenset(hosts) or None,
         cors_origins=tuple(args.cors_origin),

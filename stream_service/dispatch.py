@@ -88,9 +88,8 @@ class Dispatcher:
             admission = self._admitted.get(request_id)
         if admission is not None:
             admission.abort()
-            for stream in admission.streams:
-                if not self.engine.wait_until_finished(stream.request):
-                    break
+            requests = [stream.request for stream in admission.streams]
+            self.engine.wait_for(lambda: all(request.finish_reason for request in requests))
         return admission
 
     def forget(self, admission: Admission) -> None:

@@ -9,13 +9,13 @@ from flask_cors import CORS
 from werkzeug.datastructures import WWWAuthenticate
 from werkzeug.exceptions import Forbidden, Unauthorized
 
-from stream_service.settings import Settings
+from stream_service.settings import ServiceSettings
 
 OPEN_PATHS = frozenset({"/health", "/ready"})  # for those who watch over the process
 _PORT = re.compile(r":\d+$")
 
 
-def install_guard(app: Flask, settings: Settings) -> None:
+def install_guard(app: Flask, settings: ServiceSettings) -> None:
     """Refuse what `settings` does not allow, on every route there is and on those there are not."""
     keys = [key.encode() for key in settings.api_keys]
 

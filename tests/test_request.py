@@ -16,13 +16,13 @@ def request(prompt: int = 10, **params: Any) -> Request:
 
 
 def take_all(seq: Request, data: bytes) -> list[str]:
-    return [seq.take(Choice(i)).delta for i in data]
+    return [seq.append(Choice(i)).delta for i in data]
 
 
 def test_an_end_id_ends_it_and_is_neither_shown_nor_counted() -> None:
     seq = request()
     assert take_all(seq, b"hi") == ["h", "i"]
-    last = seq.take(Choice(END))
+    last = seq.append(Choice(END))
     assert (last.delta, last.choice, last.finish_reason) == ("", None, FinishReason.STOP)
     assert (seq.text, len(seq.output_ids)) == ("hi", 2)
 
@@ -30,7 +30,7 @@ def test_an_end_id_ends_it_and_is_neither_shown_nor_counted() -> None:
 def test_what_was_held_back_comes_with_the_end_whatever_the_end() -> None:
     seq = request(stop="abc")
     assert take_all(seq, b"xab") == ["x", "", ""]
-    assert seq.take(Choice(END)).delta == "ab"
+    assert seq.append(Choice(END)).delta == "ab"
     seq = request(stop="abc", max_new_tokens=3)
     assert take_all(seq, b"xab")[-1] == "ab"
     assert seq.finish_reason is FinishReason.LENGTH

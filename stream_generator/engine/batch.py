@@ -54,7 +54,7 @@ class Batch:
 
     def admit(self) -> list[Request]:
         """Give free slots to the oldest waiting requests, with the prefixes already computed."""
-        return self._scheduler.admit(self._place)
+        return self._scheduler.admit(self._assign_slot)
 
     def step(self) -> Iterator[tuple[Request, TokenOutput]]:
         """Decode one token per request in decode, and compute the next chunks of prompts.
@@ -62,7 +62,7 @@ class Batch:
         Yields each output at once: the decoded tokens first, then the first token of each prompt.
         """
         for request, sampled in self._compute(self._scheduler.plan()):
-            yield request, _taken(request, sampled)
+            yield request, _append(request, sampled)
 
     def remove(self, request: Request, *, keep: bool) -> None:
         """Release a request's slot. keep: later prompts may reuse its keys and values."""
@@ -81,13 +81,13 @@ class Batch:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _place(self, request: Request) -> bool:
-        placement = self._prefixes.place(request)
-        if placement is None:
+    def _assign_slot(self, request: Request) -> bool:
+        assigned = self._prefixes.assign(request)
+        if assigned is None:
             return False
-        if placement.length and placement.source != placement.slot:
-            self._runner.copy_prefix(placement.source, placement.slot, placement.length)
-        request.start(placement.slot, placement.length)
+        if assigned.length and assigned.source != assigned.slot:
+            self._runner.copy_prefix(assigned.source, assigned.slot, assigned.length)
+        request.start(assigned.slot, assigned.length)
         return True
 
     def _compute(self, plan: Plan) -> Iterator[tuple[Request, Sampled]]:
@@ -147,12 +147,12 @@ class Batch:
         return list(zip(requests, sampled, strict=True))
 
 
-def _taken(request: Request, sampled: Sampled) -> TokenOutput:
+def _append(request: Request, sampled: Sampled) -> TokenOutput:
     """What a request makes of its new id; turning it into text may fail, as computing may."""
     if isinstance(sampled, GenerationFailed):
         return request.fail(sampled)
     try:
-        return request.take(sampled)
+        return request.append(sampled)
     except Exception as error:
         return request.fail(_failure(request, error))
 

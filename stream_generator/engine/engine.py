@@ -1,9 +1,9 @@
-"""The one thread that computes, and the streams it fills."""
+"""The engine: methods for any thread, and the loop of the one thread that computes."""
 
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Self
@@ -27,24 +27,23 @@ from stream_generator.request import (
     FinishReason,
     QueuePosition,
     Request,
-    RequestStatus,
     TokenOutput,
 )
 from stream_generator.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 60.0  # of those who wait for the computing thread
+PATIENCE_SECONDS = 60.0  # that callers wait for the computing thread
 SHUTTING_DOWN = "the service is shutting down; send the request again later"
 
 
 class Engine:
     """Serves many requests at once from one model, on one computing thread.
 
-    Every method but `run` and `step` may be called from any thread. `run` computes on the thread
-    that calls it, until `close`; `start` gives it one of its own; a test may call `step` itself.
-    Best is the thread that has loaded the model: each further thread that computes gets an OpenMP
-    team, and GNU's then stops spinning: on 2 cores nearly a third slower (`docs/performance.md`).
+    Any thread may call any method but `run` and `step`. `run` computes on the calling thread until
+    `close`; `start` calls it on a thread of its own. The thread that loaded the model is the best
+    one: each further thread that computes gets an OpenMP team, and GNU's OpenMP then stops
+    spinning, which costs nearly a third of the speed on 2 cores (`docs/performance.md`).
     """
 
     def __init__(
@@ -58,13 +57,11 @@ class Engine:
         pace: Pace | None = None,
     ):
         """max_waiting: requests in the queue; `Intake` bounds their tokens too.
-        max_seconds: for each request, from `submit` on.
-        runner: by default the one that fits the model, as large as the memory allows.
-        reproducible: reuse only positions that a prompt has computed, so that a reply does not
-        depend on earlier ones. Raises `CheckpointError` if the runner's replies depend on others
-        that run beside them.
-        pace: sets how many prompt tokens share a step with running replies. By default, the time
-        of recent steps sets this.
+        max_seconds: for each request, counted from `submit`.
+        runner: by default the one that fits the model and the free memory.
+        reproducible: reuse only positions that a prompt computed, so that a reply does not depend
+        on earlier ones. Raises `CheckpointError` if replies depend on the requests beside them.
+        pace: the prompt tokens that share a step with replies; by default, recent steps set it.
         """
         self._runner = runner or runner_of(checkpoint)
         if reproducible:
@@ -75,20 +72,20 @@ class Engine:
         )
         self.reproducible = self._runner.reproducible  # a reply's bits depend on no other request
         self.life = Lifecycle()
-        # `_changed` guards what follows, as far as `Batch` and `Lifecycle` do not say otherwise.
+        # `_changed` guards the fields below; `Batch` and `Lifecycle` name their exceptions.
         self._changed = threading.Condition()
         self._streams: dict[str, TokenStream] = {}  # waiting and running, by request id
-        self._clears: list[Future[None]] = []  # those who wait for `clear`
+        self._clears: list[Future[None]] = []  # calls of `clear` that wait
         self._batch = Batch(self._runner, prompts_only=reproducible, pace=pace)
         self._thread: threading.Thread | None = None
 
     def submit(
         self, prompt_ids: Iterable[int], params: SamplingParams, request_id: str | None = None
     ) -> TokenStream:
-        """Take a request in, or raise at once, before anything is sent to anybody.
+        """Queue a request. Raises immediately if it cannot be served.
 
-        Raises `PromptTooLong` or `InvalidRequest` for what can't be served, `QueueFull`,
-        `EngineClosed` or `DuplicateRequest` for what can't be served now.
+        Raises `PromptTooLong` or `InvalidRequest` if it can never be served; `QueueFull`,
+        `EngineClosed` or `DuplicateRequest` if it cannot be served now.
         """
         return self.submit_several([prompt_ids], params, 1, request_id)[0]
 
@@ -99,20 +96,13 @@ class Engine:
         n: int,
         request_id: str | None = None,
     ) -> list[TokenStream]:
-        """Ask for `n` replies to each prompt, which is computed once; all are taken in, or none.
+        """Queue `n` replies to each prompt, or none of them. Each prompt is computed once.
 
-        Where `params` name a seed, a prompt's reply i has the seed plus i. Streams come prompt by
-        prompt; the ids of those after the first end in "#1", "#2" and so on. Raises as `submit`
-        does.
+        If `params` has a seed, reply i of a prompt uses the seed plus i. Returns the streams prompt
+        by prompt; the ids after the first end in "#1", "#2" and so on. Raises as `submit` does.
         """
-        first_id = request_id or uuid.uuid4().hex
-        streams: list[TokenStream] = []
-        for prompt, own in _each(prompts, params, n):
-            name = f"{first_id}#{len(streams)}" if streams else first_id
-            request = self.intake.new_request(prompt, own, request_id=name)
-            streams.append(TokenStream(request, self.abort))
-        asked = [stream.request for stream in streams]
-        self.intake.refuse_too_many(asked)
+        asked = self.intake.new_requests(prompts, params, n, request_id or uuid.uuid4().hex)
+        streams = [TokenStream(request, self.abort) for request in asked]
         with self._changed:
             if self.life.state is not EngineState.OPEN:
                 raise EngineClosed(SHUTTING_DOWN)
@@ -129,30 +119,24 @@ class Engine:
         return streams
 
     def abort(self, request: Request) -> None:
-        """End a request whose reader has left, when the step in progress ends."""
+        """Abort a request at the end of the step in progress."""
         with self._changed:
             request.abort_requested = True
             self._changed.notify_all()
 
-    def wait_until_finished(self, request: Request) -> bool:
-        """Return when a request that was submitted has its finish reason; False: not in time."""
-        finished = RequestStatus.FINISHED
-        return self.wait_for(lambda: request.status is finished, PATIENCE_SECONDS)
+    def wait_for(self, condition: Callable[[], object], timeout: float = PATIENCE_SECONDS) -> bool:
+        """Wait until `condition()` is true; return False after `timeout` seconds.
 
-    def wait_for(self, condition: Callable[[], object], timeout: float | None = None) -> bool:
-        """Return True when `condition()` is true, False after `timeout` seconds.
-
-        The engine calls `condition` again whenever a request is queued, aborted or finished, a
-        caller asks for `clear`, or the engine drains or closes. The calls hold the engine's lock,
-        so `condition` must be quick.
+        `condition` is called whenever a request is queued, aborted or finished, and when `clear`,
+        `drain` or `close` is called. It runs under the engine's lock, so it must be quick.
         """
         with self._changed:
             return bool(self._changed.wait_for(condition, timeout))
 
     def clear(self) -> None:
-        """Forget computed prefixes and give cached device memory back; returns when it is done.
+        """Forget computed prefixes, and return cached device memory to the system.
 
-        Raises `EngineClosed` when the engine ends, or does not get to it within a minute.
+        Raises `EngineClosed` if the engine closes, or does not do it within a minute.
         """
         done: Future[None] = Future()
         with self._changed:
@@ -166,9 +150,9 @@ class Engine:
             raise EngineClosed("the engine is too busy; try again later") from None
 
     def step(self) -> bool:
-        """Compute a token for every running request, and some of the prompts that are left.
+        """Compute one token for every request in decode, and some chunks of prompts.
 
-        Each output is delivered at once. False when there was nothing to do.
+        Delivers each output at once. Returns False if there was nothing to do.
         """
         self._drop()
         self._admit()
@@ -178,7 +162,7 @@ class Engine:
         return has_work
 
     def run(self) -> None:
-        """Serve until it is stopped or drained, or fails itself; whoever is left is told why."""
+        """Serve until the engine is closed, drained or failed; then fail all requests left."""
         reason: StreamGeneratorError = EngineClosed(SHUTTING_DOWN)
         try:
             while self._wait_for_work():
@@ -200,34 +184,34 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Requests that have a slot."""
+        """How many requests have a slot."""
         return self._batch.running
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for one."""
+        """How many requests wait for a slot."""
         return len(self._batch.waiting)
 
     @property
     def requests(self) -> list[Request]:
-        """The requests that wait or run, in the order of their arrival."""
+        """The waiting and running requests, in the order of their arrival."""
         with self._changed:
             return [stream.request for stream in self._streams.values()]
 
     @property
     def pending_clears(self) -> int:
-        """Calls of `clear` that the computing thread has not served yet."""
+        """How many calls of `clear` still wait."""
         return len(self._clears)
 
     def drain(self, seconds: float) -> None:
-        """Take nothing new; `run` returns when all is finished, or after so long. A signal handler
-        may call it."""
+        """Accept nothing new, and let `run` return when all requests have finished, or after
+        `seconds`. A signal handler may call this."""
         with self._changed:
             self.life.drain(seconds)
             self._changed.notify_all()
 
     def close(self, reason: str = SHUTTING_DOWN) -> None:
-        """Take nothing new, end the thread of `start`, and fail what is left."""
+        """Accept nothing new, end the thread of `start`, and fail the requests left."""
         self._move(EngineState.CLOSED)
         if self._thread is not None:
             self._thread.join()
@@ -239,20 +223,16 @@ class Engine:
             self._changed.notify_all()
 
     def _wait_for_work(self) -> bool:
-        """Block until there is something to do; False when the engine is to close."""
+        """Wait for work; return False if the engine must end."""
         with self._changed:
-            while not (self._streams or self._clears or self._is_over):
-                # With a limit: a signal handler may move the state on this very thread, just before
-                # it begins to wait, and its notification then finds nobody.
+            while not (self._streams or self._clears or self.life.is_over(idle=not self._streams)):
+                # With a timeout: a signal handler on this thread may change the state just before
+                # the wait begins, and the wait would miss its notification.
                 self._changed.wait(timeout=1.0)
-            return not self._is_over
-
-    @property
-    def _is_over(self) -> bool:
-        return self.life.is_closed or self.life.is_drained(idle=not self._streams)
+            return not self.life.is_over(idle=not self._streams)
 
     def _drop(self) -> None:
-        """Release every request that nobody reads any more, or that would begin too late."""
+        """Finish requests that were aborted, or whose time is over before their first token."""
         for request in self.requests:
             if request.abort_requested:
                 self._deliver(request, request.abort())
@@ -261,7 +241,7 @@ class Engine:
                 self._deliver(request, request.fail(late))
 
     def _admit(self) -> None:
-        """Let as many start as there are slots, and tell the others their new places."""
+        """Start waiting requests in free slots, and tell the others their new positions."""
         with self._changed:
             if not self._batch.admit():
                 return
@@ -269,7 +249,7 @@ class Engine:
                 self._streams[request.id].put(QueuePosition(position))
 
     def _deliver(self, request: Request, output: TokenOutput) -> None:
-        """Hand an output to its reader; a finished request leaves the engine first."""
+        """Put an output into its reader's queue; a finished request releases its slot first."""
         stream = self._streams[request.id]
         if output.finish_reason is not None:
             sound = output.finish_reason is not FinishReason.ERROR
@@ -278,14 +258,14 @@ class Engine:
         stream.put(output)
 
     def _leave(self, request: Request, *, keep: bool) -> None:
-        """Forget a request that has ended. keep: what it has computed may serve others."""
+        """Forget a finished request. keep: later prompts may reuse what it computed."""
         with self._changed:
             del self._streams[request.id]
             self._batch.remove(request, keep=keep)
             self._changed.notify_all()
 
     def _forget_prefixes(self) -> None:
-        """Do what `clear` asks for, once for all who have asked."""
+        """Serve the waiting calls of `clear`."""
         with self._changed:
             asked, self._clears = self._clears, []
         if asked:
@@ -294,9 +274,9 @@ class Engine:
             done.set_result(None)
 
     def _fail_all(self, reason: StreamGeneratorError) -> None:
-        """The end: nothing new comes in, and whoever still waits is told why.
+        """Close the engine, and fail all requests and calls that wait.
 
-        The device is not touched: it may be what has failed.
+        This does not touch the device, which may be what failed.
         """
         with self._changed:
             self._move(EngineState.CLOSED)
@@ -307,15 +287,3 @@ class Engine:
             stream.put(output)
         for done in clears:
             done.set_exception(reason)
-
-
-def _each(
-    prompts: Iterable[Iterable[int]], params: SamplingParams, n: int
-) -> Iterator[tuple[list[int], SamplingParams]]:
-    """Each prompt `n` times, with a seed of its own where there is one."""
-    for prompt in map(list, prompts):
-        for i in range(n):
-            if params.seed is None:
-                yield prompt, params
-            else:
-                yield prompt, params.model_copy(update={"seed": (params.seed + i) % 2**63})

@@ -80,18 +80,18 @@ class GraphRunner:
     ) -> torch.Tensor:
         """Compute ids that follow `start` positions in a slot.
 
-        wanted: the places in `ids` after which logits are computed. Returns float32 [wanted,
+        wanted: indices into `ids`; logits are computed after these. Returns float32 [wanted,
         vocabulary].
         """
         rows = torch.arange(max(len(ids), self.least_rows)).clamp_max(len(ids) - 1)
         return self._run(
             self._binding(slot, 1),
             ids=torch.tensor(ids)[rows],
-            place=torch.arange(len(ids))[None],
-            back=torch.stack((torch.zeros_like(rows), rows), dim=1),
+            rows_by_slot=torch.arange(len(ids))[None],
+            slot_by_row=torch.stack((torch.zeros_like(rows), rows), dim=1),
             lengths=[len(ids)],
             last_keys=[start + len(ids) - 1],
-            wanted=[place % len(ids) for place in wanted],
+            wanted=[index % len(ids) for index in wanted],
         )
 
     def step(self, slots: Items[int], starts: Items[int], ids: Items[int]) -> torch.Tensor:
@@ -103,17 +103,17 @@ class GraphRunner:
         count = max(slots) + 1
         rows = torch.arange(max(len(slots), self.least_rows)).clamp_max(len(slots) - 1)
         chosen = torch.tensor(slots)
-        place = torch.zeros(count, 1, dtype=torch.int64)
+        rows_by_slot = torch.zeros(count, 1, dtype=torch.int64)
         lengths = torch.zeros(count, dtype=torch.int32)
         last_keys = torch.zeros(count, dtype=torch.int32)
-        place[chosen, 0] = torch.arange(len(slots))
+        rows_by_slot[chosen, 0] = torch.arange(len(slots))
         lengths[chosen] = 1
         last_keys[chosen] = torch.tensor(starts, dtype=torch.int32)
         return self._run(
             self._binding(0, count),
             ids=torch.tensor(ids)[rows],
-            place=place,
-            back=torch.stack((chosen[rows], torch.zeros_like(rows)), dim=1),
+            rows_by_slot=rows_by_slot,
+            slot_by_row=torch.stack((chosen[rows], torch.zeros_like(rows)), dim=1),
             lengths=lengths,
             last_keys=last_keys,
             wanted=list(range(len(slots))),
@@ -124,8 +124,8 @@ class GraphRunner:
         binding: Any,
         *,
         ids: torch.Tensor,
-        place: torch.Tensor,
-        back: torch.Tensor,
+        rows_by_slot: torch.Tensor,
+        slot_by_row: torch.Tensor,
         lengths: Any,
         last_keys: Any,
         wanted: list[int],
@@ -135,15 +135,17 @@ class GraphRunner:
         padding = [wanted[-1]] * (self.least_rows - len(wanted))
         inputs = {
             "ids": ids,
-            "place": place,
-            "back": back,
+            "rows_by_slot": rows_by_slot,
+            "slot_by_row": slot_by_row,
             "lengths": torch.as_tensor(lengths, dtype=torch.int32),
             "last_keys": ends,
             "total": ends.max() + 1,
             "wanted": torch.tensor(wanted + padding),
         }
         logits = torch.empty(len(wanted) + len(padding), self._graph.vocabulary)
-        self._session.run(binding, inputs, {"logits": logits}, shrink=place.shape[1] >= LONG_CHUNK)
+        self._session.run(
+            binding, inputs, {"logits": logits}, shrink=rows_by_slot.shape[1] >= LONG_CHUNK
+        )
         return logits[: len(wanted)]
 
     def _binding(self, first: int, count: int) -> Any:

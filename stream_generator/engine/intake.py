@@ -1,6 +1,6 @@
 """Which requests an engine accepts, and how many at a time."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from stream_generator.errors import InvalidRequest, QueueFull
@@ -27,12 +27,12 @@ class Intake:
 
     @property
     def waiting_tokens(self) -> int:
-        """How many tokens the prompts that wait may have in all."""
+        """How many tokens the waiting prompts may have in all."""
         return WAITING_CONTEXTS * self.checkpoint.context_length
 
     @property
     def requests(self) -> int:
-        """How many may be there at a time."""
+        """How many requests may wait and run at a time."""
         return self.running + self.waiting
 
     def new_request(
@@ -41,8 +41,8 @@ class Intake:
         """A request that can be served. Raises `PromptTooLong` or `InvalidRequest`."""
         if params.logprobs is not None and not self.has_logprobs:
             raise InvalidRequest(
-                "this model runs one request at a time and tells no log-probabilities; leave "
-                "logprobs out",
+                "this model runs one request at a time, without log-probabilities; leave logprobs "
+                "out",
                 param="logprobs",
             )
         request = self.checkpoint.new_request(prompt_ids, params, request_id=request_id)
@@ -50,12 +50,23 @@ class Intake:
             request.deadline = request.submitted_at + self.max_seconds
         return request
 
-    def refuse_too_many(self, asked: Collection[Request]) -> None:
+    def new_requests(
+        self, prompts: Iterable[Iterable[int]], params: SamplingParams, n: int, first_id: str
+    ) -> list[Request]:
+        """`n` requests for each prompt; see `Engine.submit_several`. Raises as `new_request`."""
+        requests: list[Request] = []
+        for prompt, own in _each(prompts, params, n):
+            name = f"{first_id}#{len(requests)}" if requests else first_id
+            requests.append(self.new_request(prompt, own, request_id=name))
+        self._refuse_too_many(requests)
+        return requests
+
+    def _refuse_too_many(self, asked: Collection[Request]) -> None:
         """Raise `InvalidRequest` if even an idle engine could not accept these together."""
         if len(asked) > self.requests:
             raise InvalidRequest(
-                f"{len(asked)} replies are more than the {self.requests} that are served and wait "
-                "at a time; ask for fewer",
+                f"{len(asked)} replies are more than the {self.requests} that may run and wait "
+                "together; ask for fewer",
                 param="n",
             )
         tokens = _prompt_tokens(asked)
@@ -73,16 +84,26 @@ class Intake:
         together = [*waiting, *asked]
         if len(together) > self.waiting + free_slots:
             raise QueueFull(f"{len(waiting)} requests are waiting already; try again in a while")
-        # A prompt that would wait alone is let in, however long.
+        # A prompt that would wait alone is accepted, however long it is.
         if (
             waiting
             and len(together) > free_slots
             and _prompt_tokens(together) > self.waiting_tokens
         ):
-            raise QueueFull(
-                "the prompts that are waiting are too long in all; try again in a while"
-            )
+            raise QueueFull("the waiting prompts are too long in all; try again in a while")
 
 
 def _prompt_tokens(requests: Collection[Request]) -> int:
     return sum(len(request.prompt_ids) for request in requests)
+
+
+def _each(
+    prompts: Iterable[Iterable[int]], params: SamplingParams, n: int
+) -> Iterator[tuple[list[int], SamplingParams]]:
+    """Each prompt `n` times; a seed grows by one each time."""
+    for prompt in map(list, prompts):
+        for i in range(n):
+            if params.seed is None:
+                yield prompt, params
+            else:
+                yield prompt, params.model_copy(update={"seed": (params.seed + i) % 2**63})

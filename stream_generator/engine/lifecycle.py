@@ -19,10 +19,10 @@ class EngineState(IntEnum):
 
 
 class Lifecycle:
-    """The state of an engine, and the time of the step that it computes.
+    """The state of an engine, and the duration of the current step.
 
-    Any thread may read it. The state is moved under the engine's lock; the times are written by
-    the computing thread alone, each at once.
+    Any thread may read this. The engine changes the state under its lock. Only the computing thread
+    writes the times.
     """
 
     def __init__(self) -> None:
@@ -32,27 +32,28 @@ class Lifecycle:
         self._longest_step = 0.0  # seconds
 
     def move(self, state: EngineState) -> None:
-        """Into another state, unless it is further already."""
+        """Change the state, unless it is further down the list already."""
         self.state = max(self.state, state)
 
     def drain(self, seconds: float) -> None:
-        """Take nothing new, and end after so long."""
+        """Accept nothing new, and close after `seconds`."""
         self._drained_by = time.monotonic() + seconds
         self.move(EngineState.DRAINING)
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing is computed any more."""
+        """Whether the engine computes nothing more."""
         return self.state >= EngineState.CLOSED
 
-    def is_drained(self, *, idle: bool) -> bool:
-        """Whether draining is over. idle: no request is left."""
+    def is_over(self, *, idle: bool) -> bool:
+        """Whether the engine is closed, or has drained. idle: no request is left."""
         limit = self._drained_by
-        return limit is not None and (idle or time.monotonic() >= limit)
+        is_drained = limit is not None and (idle or time.monotonic() >= limit)
+        return self.is_closed or is_drained
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around each step, so that one that hangs is seen."""
+        """Measure a step, so that `is_healthy` notices one that hangs."""
         self._step_began = began = time.monotonic()
         yield
         self._step_began = None
@@ -65,12 +66,12 @@ class Lifecycle:
 
     @property
     def is_accepting(self) -> bool:
-        """Whether requests that are submitted now will be served."""
+        """Whether the engine accepts requests now."""
         return self.is_healthy and self.state is EngineState.OPEN
 
     @property
     def is_healthy(self) -> bool:
-        """Whether it computes, or would; also while it drains."""
+        """Whether the engine computes, or waits for work; also while it drains."""
         began = self._step_began
         limit = max(STUCK_SECONDS, 10 * self._longest_step)
         stuck = began is not None and time.monotonic() - began > limit

@@ -18,19 +18,19 @@ class Slot:
 
     index: int
     owner: Request | None = None
-    kept: list[int] = field(default_factory=list)  # of the last owner
+    cached_ids: list[int] = field(default_factory=list)  # of the last owner
     last_used: int = 0
 
     def ids(self, *, prompts_only: bool) -> Ids[int]:
         """The ids that are computed in this slot. prompts_only: up to the end of the prompt."""
         if self.owner is None:
-            return self.kept
+            return self.cached_ids
         ids = self.owner.prompt_ids if prompts_only else self.owner.all_ids
         return ids[: self.owner.num_computed_tokens]
 
 
 @dataclass(frozen=True)
-class Placement:
+class SlotAssignment:
     """Slot `slot` for a request; `length` of its prompt ids are in slot `source` already."""
 
     slot: int
@@ -48,7 +48,7 @@ class PrefixCache:
         self._slots = [Slot(index) for index in range(slots)]
         self._clock = itertools.count(1)
 
-    def place(self, request: Request) -> Placement | None:
+    def assign(self, request: Request) -> SlotAssignment | None:
         """A free slot for `request`, which owns it from now on; None if there is none.
 
         At least a chunk with the prompt's last id is left: its logits give the first new id.
@@ -58,12 +58,12 @@ class PrefixCache:
             return None
         source, length = self.longest(request)
         best = self._slots[source]
-        if best.owner is None and length and length == len(best.kept):
+        if best.owner is None and length and length == len(best.cached_ids):
             slot = best  # it only goes on: nothing is lost by taking it over
         else:
             slot = min(free, key=lambda s: (s.last_used, s.index))
-        slot.owner, slot.kept, slot.last_used = request, [], next(self._clock)
-        return Placement(slot.index, source, length)
+        slot.owner, slot.cached_ids, slot.last_used = request, [], next(self._clock)
+        return SlotAssignment(slot.index, source, length)
 
     def longest(self, request: Request) -> tuple[int, int]:
         """The slot that has computed most of the prompt's beginning, and how many ids that is."""
@@ -76,7 +76,7 @@ class PrefixCache:
         """Take the slot back; what it holds stays there for others, unless it can't be trusted."""
         for slot in self._slots:
             if slot.owner is request:
-                slot.kept = list(self._reusable(slot)) if keep else []
+                slot.cached_ids = list(self._reusable(slot)) if keep else []
                 slot.owner, slot.last_used = None, next(self._clock)
 
     def _reusable(self, slot: Slot) -> Ids[int]:
@@ -87,7 +87,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget what ended requests have left."""
         for slot in self._slots:
-            slot.kept = []
+            slot.cached_ids = []
 
     @property
     def free(self) -> int:

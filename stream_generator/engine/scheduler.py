@@ -87,10 +87,10 @@ class Scheduler:
         else:
             self.waiting.remove(request)
 
-    def admit(self, place: Callable[[Request], bool]) -> list[Request]:
-        """Start waiting requests, oldest first, as long as `place` finds room; return them."""
+    def admit(self, assign_slot: Callable[[Request], bool]) -> list[Request]:
+        """Start waiting requests, oldest first, while `assign_slot` finds a slot; return them."""
         admitted = []
-        while self.waiting and place(self.waiting[0]):
+        while self.waiting and assign_slot(self.waiting[0]):
             admitted.append(self.waiting.popleft())
         self.running += admitted
         return admitted

@@ -49,7 +49,7 @@ def _gaps(checkpoint: Checkpoint, runner: Runner, seconds: float) -> list[float]
     try:
         sampled = runner.prefill(request, length)
         last = time.perf_counter()
-        while isinstance(sampled, Choice) and request.take(sampled).finish_reason is None:
+        while isinstance(sampled, Choice) and request.append(sampled).finish_reason is None:
             if gaps and time.perf_counter() - began >= seconds:
                 break
             (sampled,) = runner.decode([request])

@@ -92,7 +92,7 @@ def made_once(directory: Path, make: Callable[[Path], None], size: int = 0) -> P
 
 
 @dataclass(frozen=True)
-class Kept:
+class CacheEntry:
     """An entry of the cache. parts: the kinds of what is kept. size: bytes."""
 
     name: str
@@ -100,21 +100,21 @@ class Kept:
     size: int
 
 
-def kept(cache: Path | None = None) -> list[Kept]:
+def entries(cache: Path | None = None) -> list[CacheEntry]:
     """What the cache holds."""
     return [
-        Kept(
+        CacheEntry(
             path.name,
             sorted({part.name.rpartition("-")[0] for part in path.iterdir() if part.is_dir()}),
             sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
         )
-        for path in _entries(cache)
+        for path in _entry_paths(cache)
     ]
 
 
 def delete(name: str, cache: Path | None = None) -> None:
     """Delete an entry of the cache. Raises `CheckpointError` for a name that it does not have."""
-    for path in _entries(cache):
+    for path in _entry_paths(cache):
         if path.name == name:
             return _remove(path)
     raise CheckpointError(f"the cache holds no {name}; --cache lists what it holds")
@@ -127,7 +127,7 @@ def remove_old(cache: Path | None = None) -> None:
             _remove(path)
 
 
-def _entries(cache: Path | None) -> list[Path]:
+def _entry_paths(cache: Path | None) -> list[Path]:
     top = cache or cache_directory()
     paths = [*top.glob("*"), *(top / MODELS).glob("*")]
     return sorted(path for path in paths if path.is_dir() and path.name != MODELS)

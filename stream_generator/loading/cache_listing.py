@@ -3,7 +3,7 @@
 import sys
 
 from stream_generator.errors import CheckpointError
-from stream_generator.loading.cache import cache_directory, delete, kept
+from stream_generator.loading.cache import cache_directory, delete, entries
 
 
 def list_or_delete(names: list[str]) -> int:
@@ -17,6 +17,6 @@ def list_or_delete(names: list[str]) -> int:
         return 1
     if not names:
         print(f"in {cache_directory()}:")
-        for entry in kept():
+        for entry in entries():
             print(f"{entry.size / 1e6:10,.0f} MB  {entry.name}  {' '.join(entry.parts)}".rstrip())
     return 0

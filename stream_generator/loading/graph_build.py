@@ -112,13 +112,13 @@ def check_layer(
     graph = StepGraph(weights, shape, store)
     graph.writer.result(graph.layer(graph.states_input(), index), "result")
     empty = torch.zeros(1, shape.key_heads, CHECK_TOKENS, shape.size)
-    places = torch.arange(CHECK_TOKENS)
+    indices = torch.arange(CHECK_TOKENS)
     result = _run(
         graph,
         store,
         states=states,
-        place=places[None],
-        back=torch.stack((torch.zeros_like(places), places), dim=1),
+        rows_by_slot=indices[None],
+        slot_by_row=torch.stack((torch.zeros_like(indices), indices), dim=1),
         lengths=torch.tensor([CHECK_TOKENS], dtype=torch.int32),
         last_keys=torch.tensor([CHECK_TOKENS - 1], dtype=torch.int32),
         total=torch.tensor(CHECK_TOKENS, dtype=torch.int32),

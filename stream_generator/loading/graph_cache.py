@@ -10,7 +10,7 @@ from stream_generator.loading.layout import Located, weights_in
 from stream_generator.loading.weights import PackedOnTheWay, SafetensorsWeights
 from stream_generator.model.packed_weight import Weights
 
-BUILDER = 2  # raise it when graphs change, so that older ones are not used
+BUILDER = 3  # raise it when graphs change, so that older ones are not used
 
 
 def saved_graph(found: Located, config: PreTrainedConfig, bits: int | None) -> Path:

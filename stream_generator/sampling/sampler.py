@@ -45,8 +45,8 @@ def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     # Rounding may lift the target to the total itself, which lies past the last possible id.
     target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
     # The first entry above the target: an id of probability 0 adds nothing, so it is never first.
-    places = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    return places.clamp_max(scores.shape[1] - 1)  # only NaN lies beyond; who calls checks for it
+    ids = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return ids.clamp_max(scores.shape[1] - 1)  # only NaN lies beyond; who calls checks for it
 
 
 def uniform(generator: torch.Generator) -> float:
@@ -211,8 +211,8 @@ def _draw_filtered(
         certain &= ~filters.typical[:, 0]
     in_order = ids.argsort(dim=-1)  # the draw goes by the order of the vocabulary
     kept_scores = top.masked_fill(~kept, -math.inf).gather(1, in_order)
-    places = draw(kept_scores, numbers)
-    chosen = ids.gather(1, in_order.gather(1, places[:, None])).squeeze(1)
+    drawn = draw(kept_scores, numbers)
+    chosen = ids.gather(1, in_order.gather(1, drawn[:, None])).squeeze(1)
     if filters.free:
         chosen[filters.free] = draw(scores[filters.free], numbers[filters.free])
         certain[filters.free] = True

@@ -246,7 +246,7 @@ def test_slots_that_exceed_the_memory_are_refused_with_the_numbers() -> None:
 def test_a_model_that_runs_alone_refuses_log_probabilities_by_name() -> None:
     fake = fake_checkpoint(says("abc"))
     engine = Engine(fake, runner=SoloRunner(fake.model, 512))
-    with pytest.raises(InvalidRequest, match="no log-probabilities"):
+    with pytest.raises(InvalidRequest, match="without log-probabilities"):
         submit(engine, logprobs=1)
     stream = submit(engine)
     finish(engine)

@@ -136,7 +136,7 @@ def test_a_caller_can_wait_for_the_end_of_a_request(start: Any) -> None:
     wait_for(gate.arrived)
     stream.close()
     gate.allow()
-    engine.wait_until_finished(stream.request)
+    engine.wait_for(lambda: stream.request.finish_reason)
     assert stream.request.finish_reason is FinishReason.ABORT
 
 

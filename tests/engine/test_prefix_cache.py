@@ -17,16 +17,16 @@ ids = st.lists(st.integers(0, 2), max_size=40)
 def running(cache: PrefixCache, prompt: list[int], *output: int) -> Request:
     """A request whose prompt, and all of whose output but the last id, is computed."""
     request = CHECKPOINT.new_request(prompt, SamplingParams(), request_id="x")
-    placement = cache.place(request)
-    assert placement is not None
-    request.start(placement.slot, placement.length)
+    assigned = cache.assign(request)
+    assert assigned is not None
+    request.start(assigned.slot, assigned.length)
     request.output_ids += output
     request.num_computed_tokens = len(prompt) + max(len(output) - 1, 0)
     return request
 
 
 def place(cache: PrefixCache, prompt: list[int]) -> Any:
-    return cache.place(CHECKPOINT.new_request(prompt, SamplingParams(), request_id="y"))
+    return cache.assign(CHECKPOINT.new_request(prompt, SamplingParams(), request_id="y"))
 
 
 @given(ids, ids, ids)
@@ -44,8 +44,8 @@ def test_the_next_turn_goes_on_in_the_slot_of_the_last_one() -> None:
     cache.release(first)
     other = running(cache, [9, 9])
     assert other.slot != first.slot, "a slot that is worth something is given away last"
-    placement = place(cache, [1, 2, 3, 4, 6, 7])
-    assert (placement.slot, placement.source, placement.length) == (first.slot, first.slot, 4)
+    assigned = place(cache, [1, 2, 3, 4, 6, 7])
+    assert (assigned.slot, assigned.source, assigned.length) == (first.slot, first.slot, 4)
 
 
 def test_the_last_output_id_is_not_taken_for_computed() -> None:
@@ -64,10 +64,10 @@ def test_at_least_the_last_prompt_id_is_left_to_compute() -> None:
 def test_what_still_runs_is_copied_and_not_taken() -> None:
     cache = PrefixCache(2)
     first = running(cache, [1, 2, 3], 4)
-    placement = place(cache, [1, 2, 3, 8])
-    assert placement.source == first.slot
-    assert placement.slot != first.slot
-    assert placement.length == 3
+    assigned = place(cache, [1, 2, 3, 8])
+    assert assigned.source == first.slot
+    assert assigned.slot != first.slot
+    assert assigned.length == 3
     assert place(cache, [5]) is None, "no slot is left"
 
 
@@ -76,9 +76,9 @@ def test_a_part_of_what_a_slot_holds_is_copied_so_that_the_rest_is_not_lost() ->
     system = [1, 2, 3]
     first = running(cache, [*system, 4, 5])
     cache.release(first)
-    placement = place(cache, [*system, 8, 9])
-    assert (placement.source, placement.length) == (first.slot, 3)
-    assert placement.slot != first.slot
+    assigned = place(cache, [*system, 8, 9])
+    assert (assigned.source, assigned.length) == (first.slot, 3)
+    assert assigned.slot != first.slot
     assert place(cache, [*system, 4, 5, 6]).length == 5
 
 

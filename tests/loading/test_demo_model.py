@@ -14,7 +14,7 @@ from stream_generator.loading.cache import SourceCache
 from stream_generator.loading.demo_model import DEMO_NAME, demo_gguf
 from stream_generator.loading.layout import locate
 from stream_generator.loading.load import load_checkpoint
-from stream_generator.loading.pypi_file import PypiFile, bring
+from stream_generator.loading.pypi_file import PypiFile, fetch
 
 SMALL = PypiFile(
     "colorama",
@@ -44,12 +44,12 @@ def test_a_file_comes_from_pypi_and_then_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stream_generator.loading.pypi_file._installed", lambda file: None)
-    path = bring(SMALL, tmp_path)
+    path = fetch(SMALL, tmp_path)
     assert path == tmp_path / "colorama-0.4.6" / "ansi.py"
     assert [p.name for p in path.parent.iterdir()] == ["ansi.py"], "the download is cleared away"
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    assert bring(SMALL, tmp_path) == path
+    assert fetch(SMALL, tmp_path) == path
 
 
 def test_a_file_of_an_installed_package_is_used_where_it_is_the_right_one(tmp_path: Path) -> None:
@@ -57,13 +57,13 @@ def test_a_file_of_an_installed_package_is_used_where_it_is_the_right_one(tmp_pa
     path = Path(idna.__file__).parent / "core.py"
 
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert bring(PypiFile("idna", "0", "idna/core.py", digest), tmp_path) == path
+    assert fetch(PypiFile("idna", "0", "idna/core.py", digest), tmp_path) == path
 
 
 def test_a_file_that_is_not_the_expected_one_is_refused_and_not_kept(tmp_path: Path) -> None:
     wrong = PypiFile("colorama", "0.4.6", "colorama/ansi.py", "0" * 64)
     with pytest.raises(CheckpointError, match="sha256"):
-        bring(wrong, tmp_path)
+        fetch(wrong, tmp_path)
     assert list((tmp_path / "colorama-0.4.6").iterdir()) == []
 
 

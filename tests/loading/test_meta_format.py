@@ -12,7 +12,7 @@ from support.llama3 import LLAMA3_TOKENIZER
 
 from stream_generator.loading.cache import cache_directory, made_once
 from stream_generator.loading.meta_checkpoint import SPECIAL_TOKENS, meta_tokenizer
-from stream_generator.loading.pypi_file import bring, download_wheel
+from stream_generator.loading.pypi_file import download_wheel, fetch
 from stream_generator.text.chat import ChatFormat, MetaChatFormat
 
 CONVERSATIONS = 2500
@@ -29,7 +29,7 @@ PIECES = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return meta_tokenizer(bring(LLAMA3_TOKENIZER))
+    return meta_tokenizer(fetch(LLAMA3_TOKENIZER))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def reference() -> Any:
         from llama_models.llama3.chat_format import ChatFormat as MetasOwn
         from llama_models.llama3.tokenizer import Tokenizer
 
-    metas_tokenizer = Tokenizer(bring(LLAMA3_TOKENIZER))
+    metas_tokenizer = Tokenizer(fetch(LLAMA3_TOKENIZER))
     own = MetasOwn(metas_tokenizer)
 
     def encode(messages: list[dict[str, str]]) -> list[int]:

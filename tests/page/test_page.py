@@ -24,8 +24,8 @@ from chat_page.controls import About, settings_of
 from chat_page.conversation import (
     MAX_CHARACTERS,
     MAX_TURNS,
+    ChatSettings,
     Conversation,
-    Settings,
     Turn,
 )
 from chat_page.page import Page
@@ -78,7 +78,7 @@ def test_the_visitors_message_is_kept_before_its_reply(serve: ServiceFactory) ->
 
 def test_retry_edit_undo_and_going_on(serve: ServiceFactory) -> None:
     page = page_at(serve(fake_checkpoint(says("abcd"))).url)
-    short = Conversation(settings=Settings(max_new_tokens=2)).model_dump()
+    short = Conversation(settings=ChatSettings(max_new_tokens=2)).model_dump()
     cut = ask(page, "hi", short)
     assert kept(page, cut) == ["hi", "ab"]
     value = cut[page.layout.shelf]
@@ -118,7 +118,7 @@ def test_what_the_browser_sends_is_not_trusted() -> None:
 
 def test_a_conversation_opens_with_its_settings(serve: ServiceFactory) -> None:
     page = page_at(serve(fake_checkpoint(says("a"))).url)
-    settings = Settings(temperature=1.5, stop=("x", "y"), system_prompt="p")
+    settings = ChatSettings(temperature=1.5, stop=("x", "y"), system_prompt="p")
     value = Conversation().asked("hi").with_settings(settings).model_dump()
     shown = outcome(page.events.show(value, None))
     fields = page.layout.controls.fields
@@ -135,7 +135,7 @@ def test_settings_that_this_model_does_not_allow_are_shown_as_the_nearest_it_doe
     serve: ServiceFactory,
 ) -> None:
     page = page_at(serve(fake_checkpoint(says("a"))).url)
-    settings = Settings(max_new_tokens=8192, temperature=-1.0, seed=None)
+    settings = ChatSettings(max_new_tokens=8192, temperature=-1.0, seed=None)
     shown = outcome(page.events.show(Conversation().with_settings(settings).model_dump(), None))
     fields = page.layout.controls.fields
     assert shown[fields["max_new_tokens"]]["value"] == 512
@@ -187,9 +187,9 @@ def test_a_service_that_is_away_is_said_and_the_conversation_still_opens() -> No
 def test_only_settings_that_differ_from_the_models_own_are_chosen() -> None:
     about = About(model="m", context_length=9, defaults={"temperature": 0.6, "top_p": 0.9})
     same = ("", 0.6, 0.9, 0, 0, 1, 0, None, None, "")
-    assert settings_of(same, about, Settings(seed=9)) == Settings()
+    assert settings_of(same, about, ChatSettings(seed=9)) == ChatSettings()
     other = ("p", 0.7, 0.9, 5, 0, 1.1, 4, 7, 3, "a\n\nb")
-    assert settings_of(other, about, Settings()) == Settings(
+    assert settings_of(other, about, ChatSettings()) == ChatSettings(
         system_prompt="p", temperature=0.7, top_k=5, repetition_penalty=1.1, min_new_tokens=4,
         max_new_tokens=7, seed=3, stop=("a", "b"),
     )  # fmt: skip
@@ -203,13 +203,13 @@ def test_a_message_goes_with_its_conversations_settings_whatever_the_fields_show
     fields = ("", 0.6, 1.0, 0, 0, 1, 0, 3, None, "")
     changed = events.keep_settings(None, about, *fields).props["set"]
     assert changed["settings"]["max_new_tokens"] == 3
-    conversation = Conversation(id=changed["id"], settings=Settings(**changed["settings"]))
+    conversation = Conversation(id=changed["id"], settings=ChatSettings(**changed["settings"]))
     assert kept(page, ask(page, "hi", conversation.model_dump())) == ["hi", "abc"]
 
 
 def test_settings_outlive_a_service_that_was_away(serve: ServiceFactory) -> None:
     page = page_at("http://127.0.0.1:9")
-    value = Conversation().with_settings(Settings(temperature=0.5)).model_dump()
+    value = Conversation().with_settings(ChatSettings(temperature=0.5)).model_dump()
     away = outcome(page.events.send(value, "hi", None, False, None))
     assert "is not there" in away[page.layout.status]
     value = away[page.layout.shelf]
@@ -223,7 +223,7 @@ def test_settings_outlive_a_service_that_was_away(serve: ServiceFactory) -> None
 def test_the_pages_settings_are_ones_that_the_service_knows(serve: ServiceFactory) -> None:
     page = page_at(serve(fake_checkpoint(says("a"))).url)
     about = page.events.about_service()
-    names = set(Settings.model_fields) - {"system_prompt"}
+    names = set(ChatSettings.model_fields) - {"system_prompt"}
     assert names <= about.bounds.keys()
     for name in names - {"stop"}:
         ends = about.range(name)

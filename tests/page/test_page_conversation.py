@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from chat_page import files
-from chat_page.conversation import Conversation, Figures, Settings, Turn, name_of
+from chat_page.conversation import ChatSettings, Conversation, Figures, Turn, name_of
 from chat_page.thinking import split_thinking
 
 
@@ -83,16 +83,17 @@ def test_thoughts_before_earlier_answers_are_not_sent_again_but_a_reply_is_conti
 
 
 def test_the_system_prompt_goes_first_if_it_says_anything() -> None:
-    conversation = talk(("a", "b")).with_settings(Settings(system_prompt="Be brief."))
+    conversation = talk(("a", "b")).with_settings(ChatSettings(system_prompt="Be brief."))
     assert conversation.messages()[0] == {"role": "system", "content": "Be brief."}
     assert (
-        talk(("a", "b")).with_settings(Settings(system_prompt=" ")).messages()[0]["role"] == "user"
+        talk(("a", "b")).with_settings(ChatSettings(system_prompt=" ")).messages()[0]["role"]
+        == "user"
     )
 
 
 def test_only_chosen_parameters_are_sent() -> None:
-    assert Settings().params() == {}
-    assert Settings(system_prompt="x", temperature=0, stop=("a",)).params() == {
+    assert ChatSettings().params() == {}
+    assert ChatSettings(system_prompt="x", temperature=0, stop=("a",)).params() == {
         "temperature": 0.0,
         "stop": ["a"],
     }
@@ -114,7 +115,9 @@ def test_only_a_reply_that_was_cut_short_can_be_continued(turn: Turn, expected: 
 
 
 def test_a_saved_conversation_comes_back_whole_under_an_id_of_its_own() -> None:
-    conversation = talk(("a", "b <script>")).with_settings(Settings(temperature=0.5, stop=("x",)))
+    conversation = talk(("a", "b <script>")).with_settings(
+        ChatSettings(temperature=0.5, stop=("x",))
+    )
     loaded = files.from_json(files.to_json(conversation))
     assert loaded.id != conversation.id
     assert loaded.model_copy(update={"id": conversation.id}) == conversation
@@ -149,7 +152,7 @@ def test_unknown_fields_of_a_newer_page_do_not_matter() -> None:
 
 
 def test_markdown_is_for_people() -> None:
-    conversation = talk(("a", "b")).with_settings(Settings(system_prompt="p"))
+    conversation = talk(("a", "b")).with_settings(ChatSettings(system_prompt="p"))
     assert files.to_markdown(conversation) == (
         "# a\n\n## System\n\np\n\n## User\n\na\n\n## Assistant\n\nb\n"
     )
@@ -163,7 +166,7 @@ def test_a_files_name_is_one_everywhere() -> None:
 
 def test_numbers_that_are_none_are_refused() -> None:
     with pytest.raises(ValidationError):
-        Settings(temperature=float("nan"))
+        ChatSettings(temperature=float("nan"))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from support.fakes import Gate, fake_checkpoint, says
 from support.service import RunningService, ServiceFactory
 
-from chat_page.conversation import Conversation, Settings
+from chat_page.conversation import ChatSettings, Conversation
 from chat_page.pace import Batches
 from chat_page.reply import Progress, Replies
 from chat_page.words import words_for
@@ -111,7 +111,7 @@ def test_each_delta_is_on_the_page_before_the_next_is_computed(serve: ServiceFac
 
 
 def test_the_figures_are_the_services_own(serve: ServiceFactory) -> None:
-    conversation = Conversation().asked("hi").with_settings(Settings(temperature=0.5, seed=3))
+    conversation = Conversation().asked("hi").with_settings(ChatSettings(temperature=0.5, seed=3))
     *_, last = write(serve(fake_checkpoint(says("ab"))), conversation, context_length=512)
     figures = last.turn.figures
     assert figures is not None
@@ -130,7 +130,7 @@ def test_a_reply_that_stands_at_the_end_is_continued(serve: ServiceFactory) -> N
         return says("abcd")(ids)
 
     service = serve(fake_checkpoint(spy))
-    conversation = Conversation().asked("hi").with_settings(Settings(max_new_tokens=2))
+    conversation = Conversation().asked("hi").with_settings(ChatSettings(max_new_tokens=2))
     *_, first = write(service, conversation)
     assert first.turn.content == "ab"
     assert first.turn.can_go_on
@@ -249,7 +249,7 @@ def test_what_goes_wrong_is_a_sentence_and_what_had_come_is_kept(serve: ServiceF
 def test_a_key_that_is_missing_and_a_full_queue_have_sentences_of_their_own(
     serve: ServiceFactory,
 ) -> None:
-    from stream_service.settings import Settings as ServiceSettings
+    from stream_service.settings import ChatSettings as ServiceSettings
 
     checkpoint = fake_checkpoint(says("a"))
     *_, last = write(serve(checkpoint, settings=ServiceSettings(api_keys=("k",))))

@@ -9,7 +9,7 @@ from support.engines import engine_of
 from support.fakes import fake_checkpoint, says
 
 from stream_service.app import create_app
-from stream_service.settings import Settings
+from stream_service.settings import ServiceSettings
 
 OPEN = {"/health", "/ready"}
 
@@ -38,7 +38,7 @@ def routes(app: Flask) -> list[tuple[str, str]]:
      "Bearer righté"],
 )  # fmt: skip
 def test_no_route_answers_without_a_key(engine: object, header: str | None) -> None:
-    app = create_app(engine, Settings(api_keys=("right", "second")))
+    app = create_app(engine, ServiceSettings(api_keys=("right", "second")))
     client = app.test_client()
     headers = {"Authorization": header} if header else {}
     for method, path in routes(app):
@@ -55,7 +55,7 @@ def test_no_route_answers_without_a_key(engine: object, header: str | None) -> N
 
 @pytest.mark.parametrize("key", ["right", "second"])
 def test_each_key_opens_every_route(engine: object, key: str) -> None:
-    app = create_app(engine, Settings(api_keys=("right", "second")))
+    app = create_app(engine, ServiceSettings(api_keys=("right", "second")))
     client = app.test_client()
     for method, path in routes(app):
         response = client.open(path, method=method, headers={"Authorization": f"Bearer {key}"})
@@ -63,7 +63,7 @@ def test_each_key_opens_every_route(engine: object, key: str) -> None:
 
 
 def client_for(engine: object, **settings: object) -> FlaskClient:
-    return create_app(engine, Settings(**settings)).test_client()
+    return create_app(engine, ServiceSettings(**settings)).test_client()
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_pages_of_the_named_origins_alone_may_ask(engine: object) -> None:
 )
 def test_what_must_not_go_together_is_refused_at_start(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"\*|API key"):
-        Settings(**settings)
+        ServiceSettings(**settings)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +120,8 @@ def test_what_must_not_go_together_is_refused_at_start(settings: dict[str, objec
 )
 def test_what_is_no_origin_is_refused_at_start(origin: str) -> None:
     with pytest.raises(ValueError, match="is no origin"):
-        Settings(cors_origins=(origin,))
-    Settings(cors_origins=("https://a.example", "http://localhost:3000", "null"))
+        ServiceSettings(cors_origins=(origin,))
+    ServiceSettings(cors_origins=("https://a.example", "http://localhost:3000", "null"))
 
 
 def test_a_page_of_another_site_cannot_even_send_what_needs_no_permission(engine: object) -> None:

@@ -12,7 +12,7 @@ from support.service import ServiceFactory
 from support.waiting import TIMEOUT
 
 import llama3_service
-from stream_service.settings import Settings
+from stream_service.settings import ServiceSettings
 
 SECRET_KEY, SECRET_QUERY, SECRET_REPLY = "key-of-gold", "query-of-silver", "reply-of-bronze"
 
@@ -34,7 +34,7 @@ def figures(url: str) -> dict[str, float]:
 
 @pytest.fixture
 def url(serve: ServiceFactory) -> str:
-    return serve(fake_checkpoint(says(SECRET_REPLY)), settings=Settings((SECRET_KEY,))).url
+    return serve(fake_checkpoint(says(SECRET_REPLY)), settings=ServiceSettings((SECRET_KEY,))).url
 
 
 def test_a_request_is_one_line_with_its_facts_and_no_text(

@@ -18,7 +18,7 @@ from support.service import RunningService, ServiceFactory, running_service
 from support.waiting import TIMEOUT, wait_for
 
 from stream_generator.loaded_model import Checkpoint
-from stream_service.settings import Settings
+from stream_service.settings import ServiceSettings
 
 HI: Any = [{"role": "user", "content": "hi"}]
 
@@ -223,7 +223,9 @@ def test_a_prompt_that_cannot_be_gone_on_from_is_named_as_such(
 
 
 def test_a_wrong_key_is_an_authentication_error(serve: ServiceFactory) -> None:
-    service = serve(fake_checkpoint(says("a")), settings=Settings(api_keys=("right", "other")))
+    service = serve(
+        fake_checkpoint(says("a")), settings=ServiceSettings(api_keys=("right", "other"))
+    )
     with client_of(service, api_key="wrong") as client:
         with pytest.raises(openai.AuthenticationError, match="valid API key"):
             client.chat.completions.create(model="fake", messages=HI)

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from stream_generator.loading.pypi_file import PypiFile, bring
+from stream_generator.loading.pypi_file import PypiFile, fetch
 
 LLAMA3_TOKENIZER = PypiFile(
     package="llama-models",
@@ -34,7 +34,7 @@ def build_llama3_tokenizer() -> PreTrainedTokenizerFast:
         10: "<|python_tag|>",
     }
     special = [named.get(i, f"<|reserved_special_token_{i}|>") for i in range(256)]
-    path = bring(LLAMA3_TOKENIZER)
+    path = fetch(LLAMA3_TOKENIZER)
     backend = TikTokenConverter(str(path), extra_special_tokens=special).converted()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=special[0], eos_token=special[9]

@@ -66,9 +66,9 @@ def running_service(
     # Imported here, so that the tests of `stream_generator` run where there is no Flask.
     from stream_service.app import create_app
     from stream_service.server import Server, bind
-    from stream_service.settings import Settings
+    from stream_service.settings import ServiceSettings
 
-    settings = settings or Settings()
+    settings = settings or ServiceSettings()
     engine = engine_of(checkpoint, max_waiting=max_waiting, slots=slots).start()
     server = Server(bind("127.0.0.1", 0), max_body=settings.max_body).start()
     app = create_app(engine, settings)

@@ -87,7 +87,7 @@ class GgufFile:
         """Raises `CheckpointError` for one part of several, or a file with a damaged header."""
         refuse_part(path.name)
         self.path = path
-        self.kept = SourceCache(path, [path], cache)
+        self.cache = SourceCache(path, [path], cache)
 
     def facts(self) -> Path:
         """Its configuration and tokenizer, as a directory in Hugging Face format.
@@ -97,7 +97,7 @@ class GgufFile:
         """
         size = self.path.stat().st_size
         refuse_if_too_large(self.path, size, free_memory(torch.device("cpu")))
-        return self.kept.made("facts", CONVERSION, self._write_facts)
+        return self.cache.made("facts", CONVERSION, self._write_facts)
 
     def dense(self) -> Path:
         """The whole model as a directory in Hugging Face format, its weights in bfloat16.
@@ -106,7 +106,7 @@ class GgufFile:
         """
         size = 2 * self.parameters
         refuse_if_too_large(self.path, size, free_memory(torch.device("cpu")))
-        return self.kept.made("dense", CONVERSION, self._write_dense, size)
+        return self.cache.made("dense", CONVERSION, self._write_dense, size)
 
     @property
     def parameters(self) -> int:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 from support.processes import ROOT
 from support.service import RunningService, running_service
+from support.waiting import TIMEOUT
 
 from stream_generator.loaded_model import Checkpoint
 
-TIMEOUT = 120
 EXAMPLES = [
     pytest.param(language, code, id=f"{name}-{number}-{language}")
     for name in ("api.md", "clients.md")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import requests
 import torch
+from support.waiting import TIMEOUT
 
 from stream_generator.loaded_model import Checkpoint
 from stream_generator.loading.demo_model import DEMO_GGUF
@@ -72,7 +73,8 @@ def test_two_thousand_texts_have_the_same_ids(llama_cpp: str, demo: Checkpoint) 
     with requests.Session() as session:
         for text in texts(2000):
             body = {"content": text, "add_special": False}
-            theirs = session.post(f"{llama_cpp}/tokenize", json=body, timeout=60).json()["tokens"]
+            answer = session.post(f"{llama_cpp}/tokenize", json=body, timeout=TIMEOUT)
+            theirs = answer.json()["tokens"]
             assert demo.tokenizer.encode(text, add_special_tokens=False) == theirs, text
 
 
@@ -84,7 +86,7 @@ def test_greedy_replies_part_only_where_two_tokens_are_nearly_as_likely(
     for topic in ("a rainbow", "bread", "the tides", "a bicycle", "friendship", "glass"):
         prompt = demo.chat.encode([{"role": "user", "content": f"What is {topic}?"}])
         body = {"prompt": prompt, "n_predict": 24, "temperature": 0, "return_tokens": True}
-        answer = requests.post(f"{llama_cpp}/completion", json=body, timeout=120).json()
+        answer = requests.post(f"{llama_cpp}/completion", json=body, timeout=TIMEOUT).json()
         theirs = [*prompt, *answer["tokens"]]
         scores = demo.model(torch.tensor([theirs])).logits[0].float().log_softmax(dim=-1)
         # After each of their tokens but the last: what would we have taken, by how much?

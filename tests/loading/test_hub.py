@@ -19,6 +19,7 @@ from support.gguf_files import write_gguf
 from support.llama3 import VOCABULARY, tokenizer_file
 from support.models import tiny_llama
 from support.processes import ROOT
+from support.waiting import TIMEOUT, wait_for
 
 from stream_generator.loading.meta_checkpoint import meta_tokenizer
 
@@ -143,7 +144,7 @@ def hub(models: Path, asked: list[str]) -> Iterator[str]:
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
-    thread.join()
+    wait_for(thread)
     server.server_close()
 
 
@@ -170,7 +171,7 @@ def load(sources: list[str], home: Path, **environment: str) -> list[str]:
         env={**os.environ, **own, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=TIMEOUT,
     )
     lines = done.stdout.splitlines()
     assert len(lines) == len(sources), done.stdout + done.stderr

@@ -7,6 +7,7 @@
 The servers accept POST /v1/chat/completions and stream the reply, with `usage` at the end.
 """
 
+import contextlib
 import json
 import threading
 import time
@@ -103,6 +104,7 @@ def run_in_process(users: int, seconds: float) -> float:
 
     settle_threads()  # the command of the service does the same, before torch is imported
     from stream_generator.engine.engine import Engine
+    from stream_generator.errors import EngineClosed
     from stream_generator.loading.load import load_checkpoint
     from stream_generator.sampling_params import SamplingParams
 
@@ -117,11 +119,9 @@ def run_in_process(users: int, seconds: float) -> float:
         while not end.is_set():
             message: Any = {"role": "user", "content": common.question(1000 * number + asked)}
             asked += 1
-            stream = engine.submit(checkpoint.chat.encode([message]), params)
-            for output in stream:
-                counts[number] += output.choice is not None
-                if end.is_set():
-                    stream.close()
+            with contextlib.suppress(EngineClosed):  # at the end of the measurement
+                for output in engine.submit(checkpoint.chat.encode([message]), params):
+                    counts[number] += output.choice is not None
 
     def watch() -> None:
         threads = [threading.Thread(target=user, args=(n,), daemon=True) for n in range(users)]
@@ -135,10 +135,10 @@ def run_in_process(users: int, seconds: float) -> float:
         engine.drain(0)
 
     rates: list[float] = []
-    threading.Thread(target=watch).start()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     engine.run()
-    while not rates:
-        time.sleep(0.01)
+    watcher.join()
     return round(rates[0], 1)
 
 

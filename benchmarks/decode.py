@@ -19,9 +19,8 @@ import common
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stream_generator.engine.model_runner import runner_for
 from stream_generator.engine.runner import Runner
-from stream_generator.engine.runners import runner_of
+from stream_generator.engine.runners import runner_for, runner_of
 from stream_generator.loading.layout import locate
 from stream_generator.loading.load import load_checkpoint
 from stream_generator.loading.transformers_model import make_lean

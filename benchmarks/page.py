@@ -14,16 +14,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
+import common
 import psutil
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(common.ROOT / "tests"))
 
-import common  # noqa: E402
-from browser import Process, free_port, started_chromium, visit  # noqa: E402
+from support.browser import started_chromium, visit
+from support.processes import Process, free_port
 
 PARAGRAPH = (
     "The **sea** is `blue`, and $x^2$ is a formula; it goes on for a while, as texts do. "

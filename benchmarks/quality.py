@@ -24,7 +24,8 @@ from systems import Service
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from stream_generator.engine.graph_runner import GraphRunner
-from stream_generator.engine.model_runner import ModelRunner, runner_for
+from stream_generator.engine.model_runner import ModelRunner
+from stream_generator.engine.runners import runner_for
 from stream_generator.loaded_model import Checkpoint
 from stream_generator.loading.demo_model import DEMO_GGUF
 from stream_generator.loading.layout import locate
@@ -124,7 +125,7 @@ def in_chunks(model: Any, text: list[int]) -> torch.Tensor:
     for start in range(0, len(text), CHUNK):
         chunk = torch.tensor([text[start : start + CHUNK]])
         rows = SlotRows(slots=(0,), starts=(start,), length=chunk.shape[1])
-        mask = masks(rows, {"": None}, model.device, model.dtype)
+        mask = masks(rows, {"": None}, model.device, model.dtype)[""]
         outputs = model(chunk, attention_mask=mask, past_key_values=cache, use_cache=True)
         cache = outputs.past_key_values
         parts.append(outputs.logits[0].float().log_softmax(dim=-1))

@@ -1,4 +1,4 @@
-"""Where the page listens, and how long it lives."""
+"""Where the page listens, and when it ends."""
 
 import _thread
 import os
@@ -7,7 +7,36 @@ import socket
 import sys
 import threading
 
+import gradio as gr
+
+from chat_page.look import HEAD, STYLE, THEME
+from chat_page.reply import REPLIES_AT_ONCE
+from chat_page.words import i18n
+from stream_service.loopback import bypass_proxies
+
 PORT = 7860
+OTHER_THREADS = 16  # for events without a reply
+
+
+def serve(page: gr.Blocks, host: str, *, auth: tuple[str, str] | None, share: bool) -> None:
+    """Serve the page until the process is interrupted. Raises `OSError` if its port is in use."""
+    host, port = server_address(host)
+    bypass_proxies(host)  # Gradio asks its own address whether it can be reached
+    page.launch(
+        server_name=host,
+        server_port=port,
+        auth=auth,
+        share=share,
+        max_threads=REPLIES_AT_ONCE + OTHER_THREADS,
+        max_file_size=1,
+        run_history=False,
+        ssr_mode=False,
+        footer_links=[],
+        i18n=i18n,
+        theme=THEME,
+        css=STYLE,
+        head=HEAD,
+    )
 
 
 def server_address(host: str) -> tuple[str, int]:

@@ -30,11 +30,6 @@ NEW, CHOSEN, BROUGHT, DELETED = (
 SHOWN = "() => [window.conversations.current]"
 
 
-def leave_lane(after: Any) -> None:
-    """Let the next one in `after` an event: its `then` or its `failure`."""
-    after(None, None, None, js="() => window.lane.leave()", api_visibility="private")
-
-
 def lane() -> gr.HTML:
     """Keeps the page's events apart. Its value is the id of the reply that is being written.
 

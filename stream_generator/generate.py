@@ -5,7 +5,7 @@ import functools
 import inspect
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast, overload
 from weakref import WeakKeyDictionary
 
@@ -24,9 +24,8 @@ from stream_generator.loaded_model import Checkpoint
 from stream_generator.loop import stream_request, stream_sample
 from stream_generator.request import TokenOutput
 from stream_generator.sampling_params import SamplingParams
-from stream_generator.text.chat import Message
 
-Prompt = list[Message] | Iterable[int]
+Prompt = Iterable[Mapping[str, object]] | Iterable[int]  # messages, or ids
 SLOTS = 4  # of one checkpoint's replies; the memory of the others stays the caller's
 
 

@@ -23,13 +23,13 @@ from transformers.generation import GenerationMode
 
 from stream_generator.errors import InvalidRequest
 from stream_generator.request import Choice, Request, TokenOutput
-from stream_generator.sampling.sampler import (
-    CountPenalty,
-    check_scores,
-    draw,
-    generator_for,
-    uniform,
+from stream_generator.sampling.processors import (
+    ADJUST,
+    NOT_IN_TRANSFORMERS,
+    RESTRICT,
+    processors,
 )
+from stream_generator.sampling.sampler import check_scores, draw, generator_for, uniform
 
 # Outputs of a forward that the next one needs, by the names that model families give them.
 _CACHES = ("past_key_values", "cache_params", "state")
@@ -181,20 +181,11 @@ def _outputs(model: PreTrainedModel, request: Request) -> Iterator[TokenOutput]:
 def stream_ids(model: PreTrainedModel, request: Request) -> Generator[int, None, None]:
     """The ids of one request run alone; whoever reads them decides when it ends."""
     ids = torch.tensor([request.prompt_ids], device=model.device)
-    params = request.params
     steps = cast(Any, model).generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=_generation_config(model, request),
-        logits_processor=LogitsProcessorList(
-            [
-                CountPenalty(
-                    params.frequency_penalty or 0, params.presence_penalty or 0, ids.shape[1]
-                )
-            ]
-            if params.frequency_penalty or params.presence_penalty
-            else []
-        ),
+        logits_processor=processors(NOT_IN_TRANSFORMERS, request),
         custom_generate=stream_sample,
         generators=[request.generator],
     )
@@ -206,21 +197,19 @@ def stream_ids(model: PreTrainedModel, request: Request) -> Generator[int, None,
 def _generation_config(model: PreTrainedModel, request: Request) -> GenerationConfig:
     """The request's parameters as transformers' processors read them.
 
-    What is off gets a neutral value: transformers fills a None with the checkpoint's or its own
-    default. (Greedy search does not read top_k, but warns of any value other than its default.)
+    A parameter that is off gets its neutral value: transformers fills a None with the checkpoint's
+    or its own default.
     """
     params = request.params
+    table = {**ADJUST, **RESTRICT}
+    values = {n: p.value(n, params) for n, p in table.items() if n not in NOT_IN_TRANSFORMERS}
+    biases = values.pop("logit_bias")
+    if params.greedy:  # greedy search reads neither, but warns of values other than its defaults
+        values |= {"top_k": 50, "min_p": None}
     config = copy.deepcopy(model.generation_config) or GenerationConfig()
     config.update(
+        **values,
         do_sample=not params.greedy,
-        temperature=params.temperature or 1.0,
-        top_k=50 if params.greedy else params.top_k or 0,
-        top_p=params.top_p or 1.0,
-        min_p=None if params.greedy else params.min_p or 0.0,
-        typical_p=params.typical_p or 1.0,
-        repetition_penalty=params.repetition_penalty or 1.0,
-        no_repeat_ngram_size=params.no_repeat_ngram_size or 0,
-        min_new_tokens=params.min_new_tokens or 0,
         max_new_tokens=params.max_new_tokens or 1,
         max_length=None,
         max_time=None if config.max_time is None else math.inf,
@@ -229,6 +218,6 @@ def _generation_config(model: PreTrainedModel, request: Request) -> GenerationCo
         return_dict_in_generate=False,
         num_return_sequences=1,
     )
-    if params.logit_bias:
-        config.sequence_bias = [[[i], float(bias)] for i, bias in params.logit_bias.items()]
+    if biases:
+        config.sequence_bias = [[[i], float(bias)] for i, bias in biases.items()]
     return config

@@ -14,8 +14,8 @@ DEFAULT_TOP_P = 0.9
 DEFAULT_MAX_NEW_TOKENS = 1024
 LOWEST_TEMPERATURE = 0.01  # below it, logits divided by it leave float32's range
 
-# What only shapes a random draw, and so has no meaning beside `do_sample: false`.
-_DRAW_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+# These restrict a random draw and have no effect together with `do_sample: false`.
+DRAW_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -72,7 +72,7 @@ class SamplingParams(BaseModel):
                 f"not {self.temperature}"
             )
         if self.do_sample is False:
-            idle = [name for name in _DRAW_FIELDS if getattr(self, name) is not None]
+            idle = [name for name in DRAW_FIELDS if getattr(self, name) is not None]
             if idle and not (idle == ["temperature"] and self.temperature == 0):
                 raise ValueError(
                     f"do_sample is false, so {', '.join(idle)} would have no effect; leave out "
@@ -103,7 +103,7 @@ class SamplingParams(BaseModel):
         elif self.do_sample and defaults.temperature == 0:
             del filled["temperature"]
         if SamplingParams.model_construct(**filled).greedy:
-            filled = {k: v for k, v in filled.items() if k not in _DRAW_FIELDS}
+            filled = {k: v for k, v in filled.items() if k not in DRAW_FIELDS}
             filled["do_sample"] = False
         else:
             filled["do_sample"] = True

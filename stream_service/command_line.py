@@ -1,4 +1,4 @@
-"""The flags of the command, grouped by what they are for, and checked."""
+"""The flags of the service's command: groups, help texts, checks."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from stream_service import __version__
 from stream_service.loopback import is_loopback
 from stream_service.settings import LOOPBACK_NAMES, MAX_BODY_BYTES, Settings
 
@@ -14,20 +15,8 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line. `settings` is made of what concerns HTTP."""
-    parser = argparse.ArgumentParser(
-        description="Stream the replies of a language model, token by token, over HTTP."
-    )
-    groups = {
-        "the model": _add_model,
-        "how it is computed": _add_computing,
-        "where it listens": _add_address,
-        "who may ask": _add_access,
-        "how much it takes on": _add_limits,
-        "its log": _add_log,
-    }
-    for name, add_flags in groups.items():
-        add_flags(parser.add_argument_group(name).add_argument)
+    """Parse the command line. `settings` holds the options of the HTTP layer."""
+    parser = make_parser()
     args = parser.parse_args(arguments)
     if args.device and args.device_map:
         parser.error("--device and --device-map exclude each other; give one")
@@ -39,74 +28,124 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """The flags, in groups.
+
+    Each help text ends with its default; docs/command-line.md is generated from these texts.
+    """
+    parser = argparse.ArgumentParser(
+        description="Serve a language model over HTTP and stream each reply token by token."
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"%(prog)s {__version__}",
+        help="print the version and exit",
+    )
+    groups = {
+        "model": _add_model,
+        "computation": _add_computation,
+        "network": _add_network,
+        "access": _add_access,
+        "limits": _add_limits,
+        "logging": _add_logging,
+    }
+    for name, add_flags in groups.items():
+        add_flags(parser.add_argument_group(name).add_argument)
+    return parser
+
+
 def _add_model(add: Add) -> None:
     add(
         "-c",
         "--ckpts",
         metavar="MODEL",
-        help="directory in Hugging Face format or as Meta distributes Llama, .gguf file, or hub "
-        "id, also as id@revision and id:file.gguf (a small demo model)",
+        help="the model to serve: a directory in Hugging Face format or in Meta's Llama format, a "
+        ".gguf file, or a hub id (also id@revision and id:file.gguf) "
+        "(default: a small demo model)",
     )
-    add("--served-model-name", metavar="NAME", help="what it is called in answers (its own name)")
+    add(
+        "--served-model-name",
+        metavar="NAME",
+        help="the name of the model in responses (default: the name of the checkpoint)",
+    )
     add(
         "--dtype",
         choices=["auto", "bfloat16", "float16", "float32"],
         default="auto",
-        help="of dense weights; auto: bfloat16 where the device is fast at it or float32 has no "
-        "room, else float32 (%(default)s)",
+        help="data type of dense weights. auto selects bfloat16 if the device is fast at bfloat16, "
+        "or if the weights in float32 need more than 80 %% of the free memory; else float32. "
+        "Packed weights on a CPU accept only auto and float32 (default: %(default)s)",
     )
     add(
         "--device",
         metavar="DEVICE",
-        help="cpu, cuda or cuda:1 (all GPUs there are, else the CPU)",
+        help="load the model on this device: cpu, cuda or cuda:1 (default: all GPUs, or the CPU "
+        "if there is no GPU)",
     )
     add(
         "--device-map",
         type=_device_map,
         metavar="MAP",
-        help="how a large model is spread over GPUs and the CPU: auto, balanced, sequential, or a "
-        "JSON file with a device for each module",
+        help="distribute a large model over the GPUs and the CPU: auto, balanced, balanced_low_0, "
+        "sequential, or a JSON file that assigns a device to each module (default: none)",
     )
     add(
         "--allow-pickle",
         action="store_true",
-        help="read pickled weights where there are no others, as plain tensors",
+        help="read pickled weights if the checkpoint has no other weights. Only plain tensors are "
+        "read, and no code runs (default: off)",
     )
     add(
         "--cache",
         nargs="*",
         metavar="NAME",
-        help="list what is kept of models on this machine, or delete these entries, and end",
+        help="list the cached models with their sizes and exit. With names: delete these models "
+        "from the cache and exit",
     )
 
 
-def _add_computing(add: Add) -> None:
+def _add_computation(add: Add) -> None:
     add(
         "--quantize",
         choices=["auto", "none", "int8", "int4"],
         default="auto",
-        help="bits of each weight; auto: as the checkpoint has them (%(default)s)",
+        help="number of bits per weight. auto keeps the weights as the checkpoint has them. int8 "
+        "and int4 pack the weights of Llama, Mistral, Qwen2 and Qwen3 models, and reject other "
+        "architectures. On a CPU, packed weights stay in the cache (default: %(default)s)",
     )
     add(
         "--reproducible",
         action="store_true",
-        help="give the same bytes for the same request, also with a warm prefix cache: reuse "
-        "only what a prompt has computed (packed weights on a CPU)",
+        help="return the same bytes for the same request, even if the prefix cache is warm: the "
+        "service reuses only positions that a prompt computed. Requires packed weights on a CPU "
+        "(default: off)",
     )
     add(
         "--threads",
         type=_positive,
         metavar="N",
-        help="threads that compute (the physical cores that the process may use, or what "
-        "OMP_NUM_THREADS says)",
+        help="number of threads that compute (default: OMP_NUM_THREADS, or the number of physical "
+        "cores that the process may use)",
     )
 
 
-def _add_address(add: Add) -> None:
-    add("-H", "--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("-P", "--port", type=_port, default=8800, help="port to listen on (%(default)s)")
-    add("--app", action="store_true", help="start the chat page too")
-    add("--app-port", type=_port, default=7860, help="port of the chat page (%(default)s)")
+def _add_network(add: Add) -> None:
+    add(
+        "-H",
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on. Read docs/deployment.md before you choose an address that "
+        "others can reach (default: %(default)s)",
+    )
+    add("-P", "--port", type=_port, default=8800, help="port to listen on (default: %(default)s)")
+    add("--app", action="store_true", help="also start the chat page (default: off)")
+    add(
+        "--app-port",
+        type=_port,
+        default=7860,
+        help="port of the chat page (default: %(default)s)",
+    )
 
 
 def _add_access(add: Add) -> None:
@@ -115,23 +154,31 @@ def _add_access(add: Add) -> None:
         action="append",
         default=[],
         metavar="KEY",
-        help="ask for this key, as Authorization: Bearer KEY; may be given several times. Others "
-        "on the machine can read a command line: LLAMA3_API_KEY or --api-key-file are better",
+        help="require this key, as the header Authorization: Bearer KEY. Repeat the flag for more "
+        "keys. Other users of the machine can read a command line, so LLAMA3_API_KEY or "
+        "--api-key-file is safer (default: none)",
     )
-    add("--api-key-file", type=Path, metavar="FILE", help="keys, one a line")
+    add(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="read keys from this file, one per line (default: none)",
+    )
     add(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="answer to this name too (on a loopback address: localhost alone; else any)",
+        help="accept requests for this host name too. Repeat the flag for more names (default: "
+        "only localhost if the service listens on a loopback address, else every name)",
     )
     add(
         "--cors-origin",
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="let pages of this origin ask from a browser; may be given several times (none)",
+        help="accept requests that pages of this origin send from a browser. Repeat the flag for "
+        "more origins (default: none)",
     )
 
 
@@ -140,45 +187,49 @@ def _add_limits(add: Add) -> None:
         "--max-concurrent",
         type=_positive,
         metavar="N",
-        help="requests that are served at the same time (as the memory allows, at most 32)",
+        help="number of requests that run at the same time (default: as many as the memory "
+        "holds, at most 32)",
     )
     add(
         "--max-context",
         type=_positive,
         metavar="TOKENS",
-        help="prompt and reply together (the model's own limit, if the memory allows)",
+        help="length of prompt and reply together (default: the limit of the model, or less if "
+        "the memory does not hold that)",
     )
     add(
         "--max-queue",
         type=_positive,
         default=32,
         metavar="N",
-        help="requests that may wait; one more gets status 429 (%(default)s)",
+        help="number of requests that wait; the next request gets status 429 "
+        "(default: %(default)s)",
     )
     add(
         "--max-body",
         type=_positive,
         default=MAX_BODY_BYTES,
         metavar="BYTES",
-        help="size of a request's body; more gets status 413 (%(default)s)",
+        help="size of a request body; a larger body gets status 413 (default: %(default)s)",
     )
     add(
         "--max-time",
         type=_seconds,
         metavar="SECONDS",
-        help="for each request: a reply ends then with finish reason length (no limit)",
+        help="time for each request; then its reply ends with finish reason length "
+        "(default: no limit)",
     )
     add(
         "--drain",
         type=_seconds,
         default=30.0,
         metavar="SECONDS",
-        help="time for open streams to finish when the service is ended (30)",
+        help="time for open streams to finish after Ctrl-C or SIGTERM (default: 30)",
     )
 
 
-def _add_log(add: Add) -> None:
-    add("--log-json", action="store_true", help="write each line of the log as JSON")
+def _add_logging(add: Add) -> None:
+    add("--log-json", action="store_true", help="write log lines as JSON (default: off)")
 
 
 def _settings(args: argparse.Namespace) -> Settings:

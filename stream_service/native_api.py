@@ -11,14 +11,13 @@ from stream_generator.engine.token_stream import TokenStream
 from stream_generator.loaded_model import Checkpoint
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.text.chat import Prompt
-from stream_service import openapi, wire
+from stream_service import __version__, openapi, wire
 from stream_service.errors import http_answer
 from stream_service.exchange import admit, dispatcher, read_body, streamed
 from stream_service.metrics import Metrics
 from stream_service.openapi import describes
 from stream_service.schemas import StreamRequest, sampling_bounds
 
-VERSION = "0.1.0"
 FEATURES = ("stream", "chat", "stop", "logprobs", "openai", "prefix_cache")
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
@@ -33,7 +32,7 @@ def index() -> Response:
     return jsonify(
         message="started",
         success=True,
-        version=VERSION,
+        version=__version__,
         model=checkpoint.name,
         context_length=checkpoint.context_length,
         max_concurrent=engine.intake.running,
@@ -68,14 +67,16 @@ def ready() -> tuple[Response, int]:
 @routes.get("/openapi.json")
 def description() -> Response:
     """This protocol, for programs."""
-    return jsonify(openapi.document(current_app, VERSION))
+    return jsonify(openapi.document(current_app, __version__))
 
 
 @routes.get("/docs")
 @describes(answers=("text/html",))
 def documentation() -> Response:
     """This protocol, for people."""
-    response = Response(openapi.page(current_app, VERSION), content_type="text/html; charset=utf-8")
+    response = Response(
+        openapi.page(current_app, __version__), content_type="text/html; charset=utf-8"
+    )
     response.headers["Content-Security-Policy"] = PAGE_POLICY
     return response
 

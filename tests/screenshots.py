@@ -12,8 +12,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from browser import started_chromium, started_page, started_service, visit  # noqa: E402
 from playwright.sync_api import Browser, Page  # noqa: E402
+from support.browser import started_chromium, started_page, started_service, visit  # noqa: E402
 
 IMAGES = ROOT / "docs" / "images"
 DESKTOP = {"viewport": {"width": 1280, "height": 860}}

@@ -5,14 +5,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from conftest import RunningService, running_service
+from support.processes import ROOT
+from support.service import RunningService, running_service
 
 from stream_generator.loaded_model import Checkpoint
 
-ROOT = Path(__file__).parent.parent
 TIMEOUT = 120
 EXAMPLES = [
     pytest.param(language, code, id=f"{name}-{number}-{language}")

@@ -6,18 +6,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import requests
-from conftest import RunningService, running_service
 from requests.adapters import HTTPAdapter
+from support.processes import ROOT
+from support.service import RunningService, running_service
 from test_docs import TIMEOUT, run_example
 from urllib3.util import Retry
 
 from stream_generator.loaded_model import Checkpoint
 
-ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(
     r"```(bash|python)\n(.*?)```", (ROOT / "docs" / "migrating.md").read_text(), re.DOTALL
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fakes import END, fake_checkpoint, says
+from support.fakes import END, fake_checkpoint, says
 
 from stream_generator.errors import GenerationFailed
 from stream_generator.request import Choice, FinishReason, Request

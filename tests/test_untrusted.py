@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_llama
-from fakes import byte_tokenizer
 from gguf import GGUFWriter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fakes import byte_tokenizer
+from support.models import tiny_llama
 
 from stream_generator.errors import CheckpointError, InvalidRequest
 from stream_generator.loading.gguf.header import checked_parameters

@@ -14,19 +14,14 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import running_service
+from support.processes import ROOT, free_port
+from support.service import running_service
 
 from stream_generator.loaded_model import Checkpoint
 from stream_service.client import StreamClient
 
-ROOT = Path(__file__).parent.parent
 RAINBOW = "Explain how a rainbow forms."
 TIMEOUT = 120
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 class Command:

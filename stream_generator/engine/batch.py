@@ -9,7 +9,7 @@ import torch
 
 from stream_generator.engine.prefix_cache import PrefixCache
 from stream_generator.engine.runner import Runner
-from stream_generator.engine.scheduler import Plan, Scheduler, chunk_length
+from stream_generator.engine.scheduler import Pace, Plan, Scheduler, chunk_length
 from stream_generator.errors import GenerationFailed
 from stream_generator.request import Request, TokenOutput
 from stream_generator.sampling.sampler import Sampled
@@ -25,10 +25,10 @@ class Batch:
     The computing thread alone calls the other methods.
     """
 
-    def __init__(self, runner: Runner, *, prompts_only: bool):
-        """prompts_only: reuse only positions that a prompt has computed."""
+    def __init__(self, runner: Runner, *, prompts_only: bool, pace: Pace | None = None):
+        """prompts_only: reuse only positions that a prompt has computed. pace: of the scheduler."""
         self._runner = runner
-        self._scheduler = Scheduler(smallest_chunk=runner.smallest_chunk)
+        self._scheduler = Scheduler(pace, smallest_chunk=runner.smallest_chunk)
         self._prefixes = PrefixCache(
             runner.slots, smallest_chunk=runner.smallest_chunk, prompts_only=prompts_only
         )

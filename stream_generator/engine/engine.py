@@ -3,7 +3,7 @@
 import logging
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Self
@@ -13,6 +13,7 @@ from stream_generator.engine.intake import Intake
 from stream_generator.engine.lifecycle import EngineState, Lifecycle
 from stream_generator.engine.runner import Runner
 from stream_generator.engine.runners import refuse_if_not_reproducible, runner_of
+from stream_generator.engine.scheduler import Pace
 from stream_generator.engine.token_stream import TokenStream
 from stream_generator.errors import (
     DuplicateRequest,
@@ -54,6 +55,7 @@ class Engine:
         max_seconds: float | None = None,
         runner: Runner | None = None,
         reproducible: bool = False,
+        pace: Pace | None = None,
     ):
         """max_waiting: requests in the queue; `Intake` bounds their tokens too.
         max_seconds: for each request, from `submit` on.
@@ -61,6 +63,8 @@ class Engine:
         reproducible: reuse only positions that a prompt has computed, so that a reply does not
         depend on earlier ones. Raises `CheckpointError` if the runner's replies depend on others
         that run beside them.
+        pace: sets how many prompt tokens share a step with running replies. By default, the time
+        of recent steps sets this.
         """
         self._runner = runner or runner_of(checkpoint)
         if reproducible:
@@ -75,7 +79,7 @@ class Engine:
         self._changed = threading.Condition()
         self._streams: dict[str, TokenStream] = {}  # waiting and running, by request id
         self._clears: list[Future[None]] = []  # those who wait for `clear`
-        self._batch = Batch(self._runner, prompts_only=reproducible)
+        self._batch = Batch(self._runner, prompts_only=reproducible, pace=pace)
         self._thread: threading.Thread | None = None
 
     def submit(
@@ -132,9 +136,18 @@ class Engine:
 
     def wait_until_finished(self, request: Request) -> bool:
         """Return when a request that was submitted has its finish reason; False: not in time."""
+        finished = RequestStatus.FINISHED
+        return self.wait_for(lambda: request.status is finished, PATIENCE_SECONDS)
+
+    def wait_for(self, condition: Callable[[], object], timeout: float | None = None) -> bool:
+        """Return True when `condition()` is true, False after `timeout` seconds.
+
+        The engine calls `condition` again whenever a request is queued, aborted or finished, a
+        caller asks for `clear`, or the engine drains or closes. The calls hold the engine's lock,
+        so `condition` must be quick.
+        """
         with self._changed:
-            finished = RequestStatus.FINISHED
-            return self._changed.wait_for(lambda: request.status is finished, PATIENCE_SECONDS)
+            return bool(self._changed.wait_for(condition, timeout))
 
     def clear(self) -> None:
         """Forget computed prefixes and give cached device memory back; returns when it is done.
@@ -195,6 +208,17 @@ class Engine:
         """Requests that wait for one."""
         return len(self._batch.waiting)
 
+    @property
+    def requests(self) -> list[Request]:
+        """The requests that wait or run, in the order of their arrival."""
+        with self._changed:
+            return [stream.request for stream in self._streams.values()]
+
+    @property
+    def pending_clears(self) -> int:
+        """Calls of `clear` that the computing thread has not served yet."""
+        return len(self._clears)
+
     def drain(self, seconds: float) -> None:
         """Take nothing new; `run` returns when all is finished, or after so long. A signal handler
         may call it."""
@@ -229,9 +253,7 @@ class Engine:
 
     def _drop(self) -> None:
         """Release every request that nobody reads any more, or that would begin too late."""
-        with self._changed:
-            requests = [stream.request for stream in self._streams.values()]
-        for request in requests:
+        for request in self.requests:
             if request.abort_requested:
                 self._deliver(request, request.abort())
             elif request.is_late and request.first_token_at is None:

@@ -12,14 +12,11 @@ import torch
 
 from stream_generator.model.graph_session import GraphSession, bind
 from stream_generator.model.kv_cache import describe_slots, zeros
-from stream_generator.model.saved_graph import CHECK, STEP, SavedGraph
+from stream_generator.model.saved_graph import STEP, SavedGraph
 from stream_generator.request import Request
 from stream_generator.sampling.sampler import Sampled, sample
 
 LONG_CHUNK = 64  # ids from which on a forward's memory is given back to the system
-
-# Sizes of chunks that must give the same bits: the smallest, odd ones, and the largest.
-CHUNKS = (2, 3, 33, 64, 512)
 
 
 class GraphRunner:
@@ -171,45 +168,3 @@ def _sampled(logits: torch.Tensor, requests: list[Request]) -> list[Sampled]:
         return sample(logits, requests)
     finally:
         torch.set_num_threads(threads)
-
-
-def find_least_rows(graph: SavedGraph, slots: int) -> int | None:
-    """How many rows a forward needs, so that a row's bits do not depend on the others.
-
-    Tries it, on a graph of one layer of each kind: for all numbers of rows up to `slots`, and for
-    prompts in chunks of several sizes. None: the bits depend on the number of rows in any case.
-    """
-    longest = max(CHUNKS)
-    runner = GraphRunner(graph, slots, context=longest + 1, file=CHECK)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(graph.vocabulary, (longest,), generator=generator).tolist()
-    for least_rows in sorted({1, 2, slots}):
-        runner.least_rows = least_rows
-        if _chunks_agree(runner, ids) and _rows_agree(runner, ids):
-            return least_rows
-    return None
-
-
-def _chunks_agree(runner: GraphRunner, ids: list[int]) -> bool:
-    """Whether a prompt's logits do not depend on how it is cut into chunks."""
-    whole = runner.chunk(0, 0, ids, range(len(ids)))
-    for size in CHUNKS[:-1]:
-        parts = [runner.chunk(0, 0, ids[:size], range(size))]
-        parts.append(runner.chunk(0, size, ids[size : 2 * size], range(size)))
-        if not torch.equal(torch.cat(parts), whole[: 2 * size]):
-            return False
-    return True
-
-
-def _rows_agree(runner: GraphRunner, ids: list[int]) -> bool:
-    """Whether a request's logits do not depend on how many others are computed beside it."""
-    slots = list(range(runner.slots))
-    lengths = [2 + slot for slot in slots]
-    for slot, length in zip(slots, lengths, strict=True):
-        runner.chunk(slot, 0, ids[:length])
-    new = ids[: runner.slots]
-    together = runner.step(slots, lengths, new)
-    return all(
-        torch.equal(runner.step(slots[first:], lengths[first:], new[first:]), together[first:])
-        for first in slots[1:]
-    )

@@ -1,6 +1,8 @@
-"""Finds the runner that fits a checkpoint and the memory there is."""
+"""Choose the runner that fits a checkpoint and the free memory."""
 
 import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,32 +12,38 @@ from stream_generator.loaded_model import Checkpoint
 from stream_generator.memory import slots_and_context
 from stream_generator.model.saved_graph import SavedGraph, cannot_run
 
+if TYPE_CHECKING:  # see below
+    from transformers import PreTrainedModel
+
 logger = logging.getLogger(__name__)
 
 
 def runner_of(
     checkpoint: Checkpoint, *, max_concurrent: int | None = None, max_context: int | None = None
 ) -> Runner:
-    """The runner of a checkpoint's step graph, or of its model.
+    """The runner of a checkpoint.
 
-    What is not given follows from the memory there is. Raises `CheckpointError` if the memory that
-    is asked for is not there.
+    max_concurrent: slots. max_context: tokens per slot. By default both follow from free memory.
+    Raises `CheckpointError` if memory does not hold what is asked for.
     """
-    # Each is imported where it is used: a graph needs none of transformers' models, which take a
-    # second, and without a graph ONNX Runtime need not be there.
+    limits = {"max_concurrent": max_concurrent, "max_context": max_context}
     if checkpoint.graph is None:
-        from stream_generator.engine.model_runner import runner_for
+        return runner_for(checkpoint.model, checkpoint.context_length, **limits)
+    return _graph_runner(checkpoint, checkpoint.graph, **limits)
 
-        return runner_for(
-            checkpoint.model,
-            checkpoint.context_length,
-            max_concurrent=max_concurrent,
-            max_context=max_context,
-        )
-    from stream_generator.engine.graph_runner import GraphRunner, find_least_rows
+
+# Each runner is imported where it is used: a graph does without transformers' models, which take a
+# second to import, and a model in PyTorch does without ONNX Runtime.
+
+
+def _graph_runner(
+    checkpoint: Checkpoint, directory: Path, *, max_concurrent: int | None, max_context: int | None
+) -> Runner:
+    from stream_generator.engine.graph_runner import GraphRunner
+    from stream_generator.engine.row_check import find_least_rows
     from stream_generator.model.graph_session import GraphFailed
 
-    graph = SavedGraph.load(checkpoint.graph)
+    graph = SavedGraph.load(directory)
     slots, context = slots_and_context(
         torch.device("cpu"),
         graph.bytes_per_token,
@@ -51,18 +59,53 @@ def runner_of(
             )
         return GraphRunner(graph, slots, context, least_rows=least_rows)
     except GraphFailed as error:
-        raise cannot_run(checkpoint.graph, error) from error
+        raise cannot_run(directory, error) from error
     except torch.OutOfMemoryError as error:
         raise CheckpointError(
-            f"the memory that is free does not hold the graph in {checkpoint.graph} "
+            f"the memory that is free does not hold the graph in {directory} "
             f"({first_line(error)}); use a machine with more memory, or a smaller model"
         ) from error
 
 
+def runner_for(
+    model: "PreTrainedModel",
+    context_length: int,
+    *,
+    max_concurrent: int | None = None,
+    max_context: int | None = None,
+) -> Runner:
+    """The runner of a model in PyTorch: with slots if it fits them, else one request at a time.
+
+    context_length: the model's own, in tokens. See `runner_of` for the rest.
+    """
+    from stream_generator.engine.model_runner import ModelRunner
+    from stream_generator.engine.slot_check import filled_cache
+    from stream_generator.engine.solo_runner import SoloRunner
+    from stream_generator.model.kv_cache import bytes_per_token
+
+    context = min(context_length, max_context or context_length)
+    # cuDNN's attention prepares itself anew for each key length, which is a new one at every step:
+    # 60 ms for a step that takes 10 (docs/performance.md).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        filled = filled_cache(model)
+    except Exception as error:  # a model of another kind can raise anything
+        logger.warning(
+            "%s runs one request at a time: it does not fit the slot cache (%s)",
+            type(model).__name__,
+            error,
+        )
+        return SoloRunner(model, context)
+    slots, context = slots_and_context(
+        model.device, bytes_per_token(filled), context, max_concurrent, max_context
+    )
+    return ModelRunner(model, filled, slots, context)
+
+
 def refuse_if_not_reproducible(runner: Runner) -> None:
-    """Raise `CheckpointError` if a runner's replies depend on others that run beside them."""
+    """Raise `CheckpointError` if a reply of this runner depends on the requests beside it."""
     if not runner.reproducible:
         raise CheckpointError(
-            "--reproducible cannot be kept here: it needs packed weights on a CPU (see "
+            "--reproducible does not work here: it needs packed weights on a CPU (see "
             "--quantize), and a processor whose kernels compute each request by itself"
         )

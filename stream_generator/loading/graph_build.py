@@ -11,10 +11,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from stream_generator.model.config import attention_windows
 from stream_generator.model.fused import NotFusible, check_parts, require_same
 from stream_generator.model.graph_session import GraphFailed, GraphSession
+from stream_generator.model.graph_writer import WeightStore
 from stream_generator.model.kv_cache import CPU, SlotRows, masks
 from stream_generator.model.packed_weight import NotBuildable, Weights
 from stream_generator.model.saved_graph import CHECK, MANIFEST, STEP, WEIGHTS, rotation
-from stream_generator.model.step_graph import LayerShape, StepGraph, WeightStore
+from stream_generator.model.step_graph import LayerShape, StepGraph
 
 # What rounding the inputs of products to eight bits changes, in standard deviations of the result.
 # Another rotation, order or scale changes many times as much.
@@ -46,7 +47,7 @@ def build_graph(config: PreTrainedConfig, weights: Weights, directory: Path) -> 
     for file, layers in ((CHECK, one_of_each), (STEP, list(range(len(formats))))):
         graph = StepGraph(weights, shape, store)
         graph.head(graph.layers(graph.embed(), layers))
-        onnx.save(graph.model(), directory / file)
+        onnx.save(graph.writer.model(), directory / file)
     manifest = {
         "layers": len(formats),
         "key_heads": shape.key_heads,
@@ -104,12 +105,12 @@ def check_layer(
             {"": shape.windows[index]},
             CPU,
             torch.float32,
-        ),
+        )[""],
         position_ids=positions,
         position_embeddings=rotary(states, positions),
     )
     graph = StepGraph(weights, shape, store)
-    graph.result(graph.layer(graph.states_input(), index), "result")
+    graph.writer.result(graph.layer(graph.states_input(), index), "result")
     empty = torch.zeros(1, shape.key_heads, CHECK_TOKENS, shape.size)
     places = torch.arange(CHECK_TOKENS)
     result = _run(
@@ -156,7 +157,7 @@ def _skeleton(config: PreTrainedConfig) -> Any:
 def _run(graph: StepGraph, store: WeightStore, **inputs: torch.Tensor) -> torch.Tensor:
     """Run a graph once, on the weights that lie in the store's file."""
     file = store.path.with_name("part.onnx")
-    onnx.save(graph.model(), file)
+    onnx.save(graph.writer.model(), file)
     try:
         return GraphSession(file).run_once(inputs)
     finally:

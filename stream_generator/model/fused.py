@@ -6,6 +6,7 @@ everything around them stays transformers' own. Each is checked against the laye
 """
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -217,17 +218,21 @@ class FusedDecoder:
         self._check(model)
 
     def __call__(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, masks: Any, cache: Any
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        masks: Mapping[str, torch.Tensor | None],
+        cache: Any,
     ) -> torch.Tensor:
         """Logits after the last token of each row: [rows, vocab].
 
-        input_ids, positions: int64 [rows, length]. masks: of each kind of layer (see `masks`).
+        input_ids, positions: int64 [rows, length]. masks: by kind of layer, see `masks`; causal
+        for None.
         """
         rows, length = input_ids.shape
         rotation = self._rotation.at(positions)
         x = functional.embedding(input_ids.flatten(), self._embed)
-        by_kind = masks if isinstance(masks, dict) else dict.fromkeys(self._kinds, masks)
-        grouped = {kind: for_groups(mask, self._layers[0].group) for kind, mask in by_kind.items()}
+        grouped = {kind: for_groups(mask, self._layers[0].group) for kind, mask in masks.items()}
         for layer, kind in zip(self._layers, self._kinds, strict=True):
             x = layer.step(x, length, rotation, grouped[kind], cache)
         last = x.view(rows, length, -1)[:, -1]
@@ -239,7 +244,7 @@ class FusedDecoder:
         """Some families scale their embeddings or their logits, say."""
         ids = torch.tensor([[1, 2, 3, 4]], device=model.device)
         positions = torch.arange(ids.shape[1], device=model.device)[None]
-        ours = self(ids, positions, None, None).float()
+        ours = self(ids, positions, dict.fromkeys(self._kinds), None).float()
         expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
         products = [self._head, *(p for layer in self._layers for p in layer.products)]
         tolerance = max(TOLERANCE.get(product.dtype, 0.0) for product in products)

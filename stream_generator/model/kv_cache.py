@@ -258,12 +258,11 @@ def describe_slots(slots: int, context_length: int, token_bytes: int) -> str:
 
 def masks(
     rows: SlotRows, windows: dict[str, int | None], device: torch.device, dtype: torch.dtype
-) -> object:
-    """The attention mask of a forward, to be added to scores: 0, or -inf for what is not seen.
+) -> dict[str, torch.Tensor]:
+    """The attention masks of a forward by kind of layer: 0, or -inf for keys that are not seen.
 
-    windows: for each kind of layer, how many positions back it looks; None for all. One kind
-    that is called "" gives the mask itself, others a dict by kind, as transformers takes them.
-    Each mask is [rows, 1, length, key_length], of `dtype`.
+    windows: for each kind of layer, how many positions back it looks; None for all (see
+    `attention_windows`). Each mask is [rows, 1, length, key_length], of `dtype`.
     """
     queries = rows.positions(device)[:, None, :, None]
     keys = torch.arange(rows.key_length, device=device)
@@ -274,4 +273,4 @@ def masks(
         made[kind] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(
             hidden, -math.inf
         )
-    return made.get("", made)
+    return made

@@ -4,6 +4,7 @@ Every one offers the same three products, so that what follows a product in a tr
 gate, the residual) is done while its result is still in registers, where the kernel can.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
@@ -35,13 +36,14 @@ class Linear(Protocol):
         """x W + b + other"""
 
 
-class PlainLinear:
-    """A product, and then in an operation of its own what follows it."""
+class PlainLinear(ABC):
+    """A product, followed by the gate or the residual as an operation of its own."""
 
     dtype: torch.dtype
 
+    @abstractmethod
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """x W + b"""
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self(x).chunk(2, dim=1)

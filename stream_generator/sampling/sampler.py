@@ -7,21 +7,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    NoRepeatNGramLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
 
 from stream_generator.errors import GenerationFailed
 from stream_generator.request import Choice, Request
+from stream_generator.sampling.processors import ADJUST, RESTRICT, processors
 from stream_generator.sampling_params import SamplingParams
 
 # Of a vocabulary of 50,000 to 130,000 ids, nearly always these hold all that top-p leaves; finding
@@ -79,41 +68,6 @@ def check_scores(scores: torch.Tensor) -> None:
         raise GenerationFailed(NOT_FINITE)
 
 
-class CountPenalty(LogitsProcessor):  # type: ignore[misc]
-    """OpenAI's frequency and presence penalties, on generated tokens only.
-
-    logit[j] -= count[j] * frequency + (count[j] > 0) * presence
-    Source: OpenAI API reference, "Frequency and presence penalties".
-    """
-
-    def __init__(self, frequency: float, presence: float, prompt_length: int):
-        self.frequency = frequency
-        self.presence = presence
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        generated = input_ids[:, self.prompt_length :]
-        counts = torch.zeros_like(scores)
-        counts.scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
-        return scores - counts * self.frequency - (counts > 0) * self.presence
-
-
-class NoEnd(LogitsProcessor):  # type: ignore[misc]
-    """Forbids some ids.
-
-    transformers' own processor for a least length compares the whole vocabulary with these ids at
-    each step.
-    """
-
-    def __init__(self, ids: list[int]):
-        self.ids = ids
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        # A configuration may name an end that the vocabulary lacks.
-        scores[:, [i for i in self.ids if i < scores.shape[1]]] = -math.inf
-        return scores
-
-
 @torch.inference_mode()
 def sample(logits: torch.Tensor, requests: Rows[Request]) -> list[Sampled]:
     """One id for each row, by its request's own parameters; or why that row has none.
@@ -125,9 +79,9 @@ def sample(logits: torch.Tensor, requests: Rows[Request]) -> list[Sampled]:
     """
     own = logits.log_softmax(dim=-1) if any(_wants(r) >= 0 for r in requests) else None
     for row, request in enumerate(requests):
-        if (processors := history_processors(request)) is not None:
+        if adjust := processors(ADJUST, request):
             ids = torch.tensor([request.all_ids], device=logits.device)
-            logits[row : row + 1] = processors(ids, logits[row : row + 1])
+            logits[row : row + 1] = adjust(ids, logits[row : row + 1])
     finite = torch.isfinite(logits.amax(dim=-1))
     certain = torch.ones_like(finite)
     drawn = [row for row, s in enumerate(requests) if not s.params.greedy]
@@ -138,7 +92,9 @@ def sample(logits: torch.Tensor, requests: Rows[Request]) -> list[Sampled]:
         numbers[drawn] = torch.tensor(
             [_number(requests[row]) for row in drawn], dtype=torch.float64
         )
-        filters = _filters(tuple(_settings(requests[row].params) for row in drawn), logits.device)
+        filters = _filters(
+            tuple(_restrictions(requests[row].params) for row in drawn), logits.device
+        )
         scores = (logits if all_drawn else logits[drawn]) / filters.temperatures
         ids, held = _draw_filtered(scores, filters, numbers[drawn])
         chosen[drawn], certain[drawn] = ids, held
@@ -153,7 +109,7 @@ def sample(logits: torch.Tensor, requests: Rows[Request]) -> list[Sampled]:
             sampled.append(GenerationFailed(NOT_FINITE))
             continue
         if not is_certain:
-            scores = warpers(requests[row])(None, logits[row : row + 1])
+            scores = processors(RESTRICT, requests[row])(None, logits[row : row + 1])
             token_id = int(draw(scores, numbers[row : row + 1]))
             logprobs[:1] = own[row, token_id : token_id + 1].tolist() if own is not None else []
         sampled.append(_choice(int(token_id), logprobs, _wants(requests[row])))
@@ -181,55 +137,9 @@ def _choice(token_id: int, logprobs: list[float], wanted: int) -> Choice:
     return Choice(token_id, own, tuple((int(i), p) for i, p in best)[:wanted])
 
 
-def history_processors(request: Request) -> LogitsProcessorList | None:
-    """What shapes a row's scores before any draw, in transformers' order; None for nothing."""
-    params, prompt_length = request.params, len(request.prompt_ids)
-    made: list[Any] = []
-    if params.logit_bias:
-        biases = [[[i], float(bias)] for i, bias in params.logit_bias.items()]
-        made.append(SequenceBiasLogitsProcessor(biases))
-    if (params.repetition_penalty or 1.0) != 1.0:
-        made.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    if params.no_repeat_ngram_size:
-        made.append(NoRepeatNGramLogitsProcessor(params.no_repeat_ngram_size))
-    if len(request.output_ids) < (params.min_new_tokens or 0) and request.all_end_ids:
-        made.append(NoEnd(sorted(request.all_end_ids)))
-    if params.frequency_penalty or params.presence_penalty:
-        made.append(
-            CountPenalty(params.frequency_penalty or 0, params.presence_penalty or 0, prompt_length)
-        )
-    return LogitsProcessorList(made) if made else None
-
-
-def warpers(request: Request) -> LogitsProcessorList:
-    """What a row's draw is restricted to: transformers' own processors, in its order."""
-    params = request.params
-    made: list[Any] = []
-    if (params.temperature or 1.0) != 1.0:
-        made.append(TemperatureLogitsWarper(params.temperature))
-    if params.top_k:
-        made.append(TopKLogitsWarper(params.top_k))
-    if (params.top_p or 1.0) < 1.0:
-        made.append(TopPLogitsWarper(params.top_p))
-    if params.min_p:
-        made.append(MinPLogitsWarper(params.min_p))
-    if (params.typical_p or 1.0) < 1.0:
-        made.append(TypicalLogitsWarper(params.typical_p))
-    return LogitsProcessorList(made)
-
-
-Settings = tuple[float, int, float, float, float]
-
-
-def _settings(params: SamplingParams) -> Settings:
-    """Temperature, top-k, top-p, min-p and typical-p, with the values that do nothing for None."""
-    return (
-        params.temperature or 1.0,
-        params.top_k or 0,
-        params.top_p or 1.0,
-        params.min_p or 0.0,
-        params.typical_p or 1.0,
-    )
+def _restrictions(params: SamplingParams) -> tuple[float, ...]:
+    """The values of `RESTRICT`: temperature, top-k, top-p, min-p and typical-p."""
+    return tuple(parameter.value(name, params) for name, parameter in RESTRICT.items())
 
 
 @dataclass(frozen=True)
@@ -248,7 +158,7 @@ class _Filters:
 
 
 @lru_cache(maxsize=64)  # the same rows come step after step
-def _filters(rows: tuple[Settings, ...], device: torch.device) -> _Filters:
+def _filters(rows: tuple[tuple[float, ...], ...], device: torch.device) -> _Filters:
     temperatures, top_k, top_p, min_p, typical_p = zip(*rows, strict=True)
 
     def column(values: list[Any]) -> torch.Tensor:

@@ -1,20 +1,18 @@
-"""How far do greedy replies agree: ours, llama.cpp's, and those of the same GGUF in float32?
+"""Compare greedy replies of our service, of llama.cpp, and of the same GGUF in float32.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/agreement.py
 
-All go on greedily from the same prompts. Once two replies differ they are about different texts, so
-what counts is where they first do. Writes benchmarks/results/agreement.json.
+All three get the same prompts. After the first different token two replies are different texts, so
+the benchmark records how many tokens come before it. Writes benchmarks/results/agreement.json.
 """
 
 import itertools
-import json
 import statistics
 from typing import Any
 
-import requests
-from late_tokens import RESULTS, machine
-from serve import Service, question
+import common
+from systems import Service
 
 PROMPTS, TOKENS = 100, 64
 
@@ -24,13 +22,14 @@ def main() -> None:
 
     exact = load_checkpoint(quantize="none", dtype="float32")
     prompts = [
-        exact.chat.encode([{"role": "user", "content": question(n)}]) for n in range(PROMPTS)
+        exact.chat.encode([{"role": "user", "content": common.question(n)}]) for n in range(PROMPTS)
     ]
-    replies = {"float32": in_process(exact, prompts)}
-    replies["ours"] = in_process(load_checkpoint(), prompts)
-    replies["llama.cpp"] = by_llama_cpp(prompts)
+    replies = {
+        "float32": in_process(exact, prompts),
+        "ours": in_process(load_checkpoint(), prompts),
+        "llama.cpp": by_llama_cpp(prompts),
+    }
     report = {
-        "machine": machine(),
         "prompts": PROMPTS,
         "tokens": TOKENS,
         "compared": {
@@ -38,11 +37,11 @@ def main() -> None:
             for one, other in itertools.combinations(replies, 2)
         },
     }
-    (RESULTS / "agreement.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(json.dumps(report, indent=1))
+    print(common.write_report("agreement", report))
 
 
 def in_process(checkpoint: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """Generate the ids of all replies with our engine."""
     from stream_generator.engine.engine import Engine
     from stream_generator.sampling_params import SamplingParams
 
@@ -55,16 +54,14 @@ def in_process(checkpoint: Any, prompts: list[list[int]]) -> list[list[int]]:
 
 
 def by_llama_cpp(prompts: list[list[int]]) -> list[list[int]]:
-    replies = []
+    """Generate the ids of all replies with llama.cpp's server."""
+    params = {"n_predict": TOKENS, "temperature": 0, "return_tokens": True}
     with Service("llama.cpp") as service:
-        for prompt in prompts:
-            body = {"prompt": prompt, "n_predict": TOKENS, "temperature": 0, "return_tokens": True}
-            answer = requests.post(f"{service.url}/completion", json=body, timeout=60)
-            replies.append(answer.json()["tokens"])
-    return replies
+        return [service.complete(prompt=prompt, **params)["tokens"] for prompt in prompts]
 
 
 def compared(replies: list[list[int]], others: list[list[int]]) -> dict[str, float]:
+    """Count equal replies, and the tokens before the first difference."""
     same = []
     for reply, other in zip(replies, others, strict=True):
         pairs = enumerate(zip(reply, other, strict=False))

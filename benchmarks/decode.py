@@ -1,11 +1,11 @@
-"""How long does a step take, without HTTP: decoding for some rows, and a prompt?
+"""Measure one step of the engine without HTTP: decoding several rows, and computing a prompt.
 
-    python benchmarks/decode.py                    # the demo model, each way of packing
+    python benchmarks/decode.py                    # the demo model, each quantization
     python benchmarks/decode.py --random-llama 8b  # the shape of Llama 3 8B, with random weights
 
-Beside it, in the same run, transformers' own layers in the same engine. Prints medians with the
-10th and 90th percentile, and writes benchmarks/results/NAME.json; `bytes_per_second` there is how
-fast the machine reads memory, measured by adding up a large tensor.
+The mode "own" runs the layers of transformers in the same engine. Prints medians with the 10th and
+the 90th percentile, and writes benchmarks/results/NAME.json. Its `bytes_per_second` is the speed at
+which the machine reads memory.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import statistics
 import time
 from typing import Any
 
+import common
 import torch
-from late_tokens import RESULTS, machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stream_generator.engine.runner import Runner
@@ -28,7 +28,7 @@ from stream_generator.request import Request
 from stream_generator.sampling.sampler import generator_for
 from stream_generator.sampling_params import SamplingParams
 
-UNUSED: Any = None  # nothing is turned into text here
+UNUSED: Any = None  # stands for the detokenizer: the benchmark decodes no text
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -45,34 +45,35 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser_for(__doc__)
     parser.add_argument("--random-llama", choices=SHAPES)
     parser.add_argument("--modes", nargs="+", default=["own", "none", "int4", "int8"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32])
-    parser.add_argument("--prompt", type=int, default=70)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--name", default="decode")
-    args = parser.parse_args()
+    parser.add_argument("--prompt", type=int, default=70, help="tokens of the short prompt")
+    parser.add_argument("--steps", type=int, default=40, help="measured steps per number of rows")
+    args = common.add_flags(parser, name="decode").parse_args()
     if args.random_llama and DEVICE == "cpu" and {"int4", "int8"} & {*args.modes}:
-        parser.error("random weights are packed on a GPU alone; give --modes own none")
-    report: dict[str, Any] = {"machine": machine(), "settings": vars(args), "results": {}}
-    if DEVICE == "cuda":
-        report["machine"]["gpu"] = torch.cuda.get_device_name()
-    speed = bytes_per_second()
-    report["bytes_per_second"] = speed
+        parser.error("random weights can only be packed on a GPU; give --modes own none")
+    gpu = {"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {}
+    speed, results = bytes_per_second(), {}
     for mode in args.modes:
         runner = build(args.random_llama, mode, max(args.rows))
-        result = measure(runner, args)
-        report["results"][mode] = result
-        print(mode, json.dumps(result), flush=True)
+        results[mode] = measure(runner, args)
+        print(mode, json.dumps(results[mode]), flush=True)
         del runner
         if DEVICE == "cuda":
             torch.cuda.empty_cache()
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    report = {
+        "machine": common.machine() | gpu,
+        "settings": vars(args),
+        "results": results,
+        "bytes_per_second": speed,
+    }
+    common.write_report(args.name, report)
 
 
 def build(shape: str | None, mode: str, rows: int) -> Runner:
+    """Load the demo model, or build a model with random weights, for `rows` slots."""
     limits = {"max_concurrent": rows, "max_context": 2048}
     if shape is None and mode != "own":
         return runner_of(load_checkpoint(quantize=mode), **limits)
@@ -92,21 +93,10 @@ def build(shape: str | None, mode: str, rows: int) -> Runner:
 
 
 def measure(runner: Runner, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure decoding for each number of rows, then a short and a long prompt."""
     result: dict[str, Any] = {"runner": type(runner).__name__}
     for rows in args.rows:
-        requests = []
-        for row in range(rows):
-            params = SamplingParams(
-                temperature=0.6, top_p=0.9, seed=row, max_new_tokens=args.steps + 20
-            ).resolved(SamplingParams(), room=1000, seed=row)
-            request = Request(
-                str(row), [100 + (row * 7 + i) % 1000 for i in range(args.prompt)], params,
-                (), 2048, UNUSED, generator=generator_for(row),
-            )  # fmt: skip
-            request.start(row, 0)
-            first: Any = runner.prefill(request, args.prompt)
-            request.output_ids.append(first.token_id)
-            requests.append(request)
+        requests = [started(runner, row, args) for row in range(rows)]
         times = []
         for step in range(args.steps + 5):
             began = time.perf_counter()
@@ -131,8 +121,23 @@ def measure(runner: Runner, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def started(runner: Runner, row: int, args: argparse.Namespace) -> Request:
+    """Create the request of a row and compute its prompt."""
+    params = SamplingParams(
+        temperature=0.6, top_p=0.9, seed=row, max_new_tokens=args.steps + 20
+    ).resolved(SamplingParams(), room=1000, seed=row)
+    request = Request(
+        str(row), [100 + (row * 7 + i) % 1000 for i in range(args.prompt)], params,
+        (), 2048, UNUSED, generator=generator_for(row),
+    )  # fmt: skip
+    request.start(row, 0)
+    first: Any = runner.prefill(request, args.prompt)
+    request.output_ids.append(first.token_id)
+    return request
+
+
 def bytes_per_second() -> float:
-    """How fast this machine reads memory: the best of a few sums over 1 GB."""
+    """Measure how fast this machine reads memory: the best of five sums over 1 GB."""
     data = torch.zeros(1 << 27, dtype=torch.int64, device=DEVICE)
     best = 1e9
     for _ in range(5):

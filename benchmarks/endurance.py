@@ -1,17 +1,16 @@
-"""What a crowd does to the service, and what is left of it afterwards.
+"""Measure the service under many connections, and the memory that remains in use afterwards.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/endurance.py open        # 500 streams at once: errors, memory of each
-    python benchmarks/endurance.py leave       # how soon is a slot free after its reader has gone?
-    python benchmarks/endurance.py overload    # ten times what it can serve, for a minute
-    python benchmarks/endurance.py idle        # thousands who connect and say, or read, nothing
+    python benchmarks/endurance.py open        # 500 streams at once: errors, memory per stream
+    python benchmarks/endurance.py leave       # time until the slot of a closed connection is free
+    python benchmarks/endurance.py overload    # ten times the capacity, for a minute
+    python benchmarks/endurance.py idle        # thousands of connections that send or read nothing
     python benchmarks/endurance.py soak        # 20 minutes, 10,000 streams, 30 % abandoned
 
-Each trial starts a service of its own with the demo model, and adds its figures to
-benchmarks/results/endurance.json. Times are seen by clients on the same machine.
+Each trial starts the service with the demo model and adds its figures to
+benchmarks/results/endurance.json. The clients run on the same machine and measure all times.
 """
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -24,51 +23,51 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
+import common
 import psutil
 import requests
-from late_tokens import RESULTS, machine
-from serve import PORT, TOPICS, Service
+from systems import PORT, Service
 
-FIGURES = RESULTS / "endurance.json"
-QUESTIONS = [f"Explain {topic}." for topic in TOPICS]
+QUESTIONS = [f"Explain {topic}." for topic in common.TOPICS]
 HEAD = "POST /stream HTTP/1.1\r\nHost: localhost\r\nAccept: application/x-ndjson\r\n"
 HEAD += "Content-Type: application/json\r\nConnection: close\r\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser_for(__doc__)
     parser.add_argument("trial", choices=list(TRIALS))
-    parser.add_argument("--scale", type=float, default=1.0, help="of the crowd, to try it out")
+    parser.add_argument("--scale", type=float, default=1.0, help="size; only 1 writes the results")
     args = parser.parse_args()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     options, trial = TRIALS[args.trial]
-    with Service("ours", *options) as service:
-        # A first reply lays out what every later one uses.
+    with Service("ours", *options.split()) as service:
+        # The first replies allocate the memory that all later replies use.
         asyncio.run(all_of(ask(QUESTIONS[n % 8], 16) for n in range(16)))
         figures = asyncio.run(trial(Watched(service), args.scale))
     print(json.dumps(figures, indent=1))
     if args.scale == 1:
-        known = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
-        known[args.trial] = {"machine": machine(), **figures}
-        FIGURES.write_text(json.dumps(known, indent=1) + "\n")
+        path = common.RESULTS / "endurance.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        known[args.trial] = {"machine": common.machine(), **figures}
+        path.write_text(json.dumps(known, indent=1) + "\n")
 
 
 class Watched:
-    """The process of the service, seen from outside."""
+    """Observe the process of the service from another process."""
 
     def __init__(self, service: Service):
         self._url = service.url
         self._process = psutil.Process(service.pid)
 
     def running(self) -> int:
-        """Requests that have a slot."""
+        """Count the requests that have a slot."""
         lines = requests.get(f"{self._url}/metrics").text.splitlines()
         (line,) = (line for line in lines if line.startswith("llm_requests_running "))
         return int(float(line.split()[-1]))
 
     def held(self) -> dict[str, int]:
-        """What it holds of the system."""
+        """Return the memory, file descriptors and threads of the process."""
         return {
             "resident_kb": self._process.memory_info().rss // 1024,
             "descriptors": self._process.num_fds(),
@@ -76,23 +75,22 @@ class Watched:
         }
 
     async def until(self, *, some_run: bool) -> None:
-        """Wait until some request has a slot, or until none has."""
+        """Wait until a request has a slot, or until no request has a slot."""
         while bool(await asyncio.to_thread(self.running)) != some_run:
             await asyncio.sleep(0)
 
 
 class Refused(Exception):
-    """Another status than 200."""
+    """The service answered with a status other than 200."""
 
-    def __init__(self, status: int, retry_after: str | None):
+    def __init__(self, status: int, *, retry_after: bool):
         super().__init__(f"{status}")
-        self.status = status
-        self.retry_after = retry_after
+        self.outcome = f"{status}, Retry-After {'given' if retry_after else 'none'}"
 
 
 @contextlib.asynccontextmanager
 async def stream(question: str, tokens: int) -> AsyncIterator[AsyncIterator[dict[str, Any]]]:
-    """The events of one reply. Leaving the block closes the connection, whatever is to come."""
+    """Open the events of one reply. The end of the block closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", PORT)
     try:
         body = json.dumps({"query": question, "max_new_tokens": tokens, "min_new_tokens": tokens,
@@ -100,10 +98,7 @@ async def stream(question: str, tokens: int) -> AsyncIterator[AsyncIterator[dict
         writer.write(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         if not head.startswith("http/1.1 200"):
-            retry = [
-                line.split()[1] for line in head.splitlines() if line.startswith("retry-after")
-            ]
-            raise Refused(int(head.split()[1]), retry[0] if retry else None)
+            raise Refused(int(head.split()[1]), retry_after="\r\nretry-after:" in head)
         yield _events(reader)
     finally:
         writer.close()
@@ -118,15 +113,11 @@ async def _events(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, Any]]
 
 
 async def ask(question: str, tokens: int) -> str:
-    """The text of a whole reply."""
-    text, end = "", None
-    async with stream(question, tokens) as events:
-        async for event in events:
-            text += event.get("delta", "")
-            end = event
-    assert end is not None
-    assert end["event"] == "end", end
-    return text
+    """Return the text of a complete reply."""
+    async with stream(question, tokens) as reply:
+        events = [event async for event in reply]
+    assert events[-1]["event"] == "end", events[-1]
+    return "".join(event.get("delta", "") for event in events)
 
 
 async def all_of(tasks: Any) -> list[Any]:
@@ -134,12 +125,12 @@ async def all_of(tasks: Any) -> list[Any]:
 
 
 async def open_streams(service: Watched, scale: float) -> dict[str, Any]:
-    """Streams that are all open at once, most of them waiting for a slot; a first and a second
-    crowd, since the slots grow with what the first one brings."""
+    """Measure two crowds of streams. Memory of the slots grows during the first crowd only."""
     return {"first": await crowd(service, scale), "second": await crowd(service, scale)}
 
 
 async def crowd(service: Watched, scale: float) -> dict[str, Any]:
+    """Open all streams before any of them ends. Most of them wait for a slot."""
     count = int(500 * scale)
     before = service.held()
     begun, all_begun = itertools.count(1), asyncio.Event()
@@ -154,7 +145,7 @@ async def crowd(service: Watched, scale: float) -> dict[str, Any]:
                 *_, last = [event async for event in events]
             assert last["event"] == "end", last
         finally:
-            all_begun.set()  # one that failed holds nobody up
+            all_begun.set()  # after a failure the other streams must not wait
 
     replies = asyncio.gather(*(one(n) for n in range(count)), return_exceptions=True)
     await all_begun.wait()
@@ -173,7 +164,7 @@ async def crowd(service: Watched, scale: float) -> dict[str, Any]:
 
 
 async def leave(service: Watched, scale: float) -> dict[str, Any]:
-    """From closing the connection to a free slot, as `/metrics` shows it."""
+    """Measure the time from a closed connection until `/metrics` reports a free slot."""
     free_ms = []
     for number in range(int(300 * scale)):
         async with stream(QUESTIONS[number % 8], 400) as events:
@@ -187,7 +178,7 @@ async def leave(service: Watched, scale: float) -> dict[str, Any]:
 
 
 async def overload(service: Watched, scale: float) -> dict[str, Any]:
-    """Arrivals at ten times the rate at which replies are finished."""
+    """Send requests at ten times the rate at which the service finishes replies."""
     tokens, seconds = 24, 60 * scale
     alone = {question: await ask(question, tokens) for question in QUESTIONS}
     began = time.monotonic()
@@ -204,7 +195,7 @@ async def overload(service: Watched, scale: float) -> dict[str, Any]:
             seen["the same text as alone" if text == alone[question] else "another text"] += 1
         except Refused as refused:
             refused_ms.append(1000 * (time.monotonic() - began))
-            seen[f"{refused.status}, Retry-After {'given' if refused.retry_after else 'none'}"] += 1
+            seen[refused.outcome] += 1
         except Exception as error:
             seen[repr(error)] += 1
 
@@ -226,12 +217,12 @@ async def overload(service: Watched, scale: float) -> dict[str, Any]:
 
 
 async def idle(service: Watched, scale: float) -> dict[str, Any]:
-    """The first token of those who do ask, before and beside those who hold a connection open."""
+    """Measure the first token of active clients, without and with idle connections."""
     before = [await first_token_ms(number) for number in range(40)]
     silent: list[asyncio.StreamWriter] = []
 
-    async def come(text: str) -> None:
-        # The limit stops the socket from being read: a few KB, and nobody takes more.
+    async def connect(text: str) -> None:
+        # With this limit the client stops reading after a few KB.
         _, writer = await asyncio.open_connection("127.0.0.1", PORT, limit=1024)
         writer.write(text.encode())
         writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -239,22 +230,19 @@ async def idle(service: Watched, scale: float) -> dict[str, Any]:
 
     body = json.dumps({"query": QUESTIONS[0], "max_new_tokens": 64, "logprobs": 20})
     unread = f"{HEAD}Content-Length: {len(body)}\r\n\r\n{body}"
-    counts = {"silent": (int(3000 * scale), ""), "half a header": (int(1000 * scale), HEAD)}
-    for count, text in counts.values():
-        for _ in range(count):
-            await come(text)
+    most = {"silent": 3000, "half a header": 1000, "unread": 50}
+    counts = {name: int(count * scale) for name, count in most.items()}
+    for text in ("",) * counts["silent"] + (HEAD,) * counts["half a header"]:
+        await connect(text)
     half = [await first_token_ms(number) for number in range(40)]
-    for _ in range(int(50 * scale)):
-        await come(unread)
+    for _ in range(counts["unread"]):
+        await connect(unread)
     await service.until(some_run=False)
     beside = [await first_token_ms(number) for number in range(40)]
     for writer in silent:
         writer.close()
     return {
-        "crowd": {
-            **{name: count for name, (count, _) in counts.items()},
-            "unread": int(50 * scale),
-        },
+        "crowd": counts,
         "first_token_ms": {
             "alone": spread(before),
             "beside the silent and the half headers": spread(half),
@@ -269,11 +257,11 @@ async def first_token_ms(number: int) -> float:
         async for event in events:
             if event["event"] == "delta":
                 return 1000 * (time.monotonic() - began)
-    raise AssertionError("the reply has no token")
+    raise AssertionError("the reply contains no token")
 
 
 async def soak(service: Watched, scale: float) -> dict[str, Any]:
-    """Short replies at an even rate for long, of which some are left at any moment."""
+    """Request short replies at an even rate, and abandon a part of them at a random token."""
     count, seconds, abandoned = int(10_000 * scale), 1200 * scale, 0.3
     seen: Counter[str] = Counter()
     samples: list[dict[str, int]] = []
@@ -303,7 +291,7 @@ async def soak(service: Watched, scale: float) -> dict[str, Any]:
             samples.append(service.held())
     await asyncio.gather(*tasks)
     await service.until(some_run=False)
-    # The first tenth is left out: what a first crowd needs is kept for the next.
+    # The first tenth does not count: the service keeps the memory that its first load needed.
     sizes = [sample["resident_kb"] for sample in samples]
     early, late = statistics.mean(sizes[10:30]), statistics.mean(sizes[-20:])
     return {
@@ -326,16 +314,13 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 Trial = Callable[[Watched, float], Coroutine[Any, Any, dict[str, Any]]]
-TRIALS: dict[str, tuple[list[str], Trial]] = {
-    "open": (["--max-queue", "600"], open_streams),
-    "leave": ([], leave),
-    # In float32 a reply does not depend on its neighbours; rounded to 8 bits, near-ties do.
-    "overload": (
-        ["--max-concurrent", "8", "--max-queue", "8", "--dtype", "float32", "--quantize", "none"],
-        overload,
-    ),
-    "idle": ([], idle),
-    "soak": ([], soak),
+TRIALS: dict[str, tuple[str, Trial]] = {
+    "open": ("--max-queue 600", open_streams),
+    "leave": ("", leave),
+    # In float32 other requests do not change a reply. With 8 bits they can decide near-ties.
+    "overload": ("--max-concurrent 8 --max-queue 8 --dtype float32 --quantize none", overload),
+    "idle": ("", idle),
+    "soak": ("", soak),
 }
 
 

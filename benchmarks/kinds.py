@@ -1,24 +1,23 @@
-"""How fast is the service on each kind of processor, with packed weights and with dense ones?
+"""Measure the service with the instructions of several kinds of processor.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/kinds.py --kinds AVX512 AVX2 --before ../an-older-checkout
 
-A processor can do what its predecessors could: `--kinds` limits PyTorch and oneDNN to the
-instructions of another kind, by their own variables. Its clock, caches and memory stay as they are,
-so such figures are ratios for that kind and not its speed. ONNX Runtime, which computes packed
-weights, has no such variable: the limits hold for dense weights alone. Real HTTP clients, all
-variants in turn, several rounds. Writes benchmarks/results/NAME.json and prints a table.
+`--kinds` limits PyTorch and oneDNN to the instructions of a kind, through their environment
+variables. The clock, caches and memory stay those of this machine: use the figures as ratios
+between variants, not as the speed of such a processor. ONNX Runtime computes packed weights and has
+no such variable, so the limits apply to dense weights only.
+
+Each round measures packed weights, dense weights and the other checkout in turn, over HTTP. Writes
+benchmarks/results/NAME.json and prints a table.
 """
 
-import argparse
-import json
 import os
-import random
 from pathlib import Path
-from typing import Any
 
-from late_tokens import RESULTS, ROOT, machine
-from serve import Load, Request, Service, spread
+import common
+from serve import Load
+from systems import Request, Service
 
 LIMITS = {
     "AVX512": {},
@@ -29,17 +28,13 @@ COLUMNS = ["total_tok_s", "one_tok_s", "ttft_p50_s", "gap_p50_s", "memory_gb"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser_for(__doc__)
     parser.add_argument("--kinds", nargs="+", choices=LIMITS, default=["AVX2"])
     parser.add_argument("--quantize", nargs="+", default=["auto", "none"])
-    parser.add_argument("--before", type=Path, help="another checkout, measured with auto")
+    parser.add_argument("--before", type=Path, help="another checkout to measure with auto")
     parser.add_argument("--users", nargs="+", type=int, default=[1, 4, 8])
-    parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--name", default="kinds")
-    args = parser.parse_args()
-    args.pause, args.long_prompt = 0.0, 0  # as `Load` reads them
-    variants: dict[str, tuple[Path, str]] = {q: (ROOT, q) for q in args.quantize}
+    args = common.add_flags(parser, seconds=10.0, rounds=3, name="kinds").parse_args()
+    variants: dict[str, tuple[Path, str]] = {q: (common.ROOT, q) for q in args.quantize}
     if args.before:
         variants["before, auto"] = (args.before, "auto")
     runs: dict[str, list[dict[str, float]]] = {}
@@ -50,34 +45,23 @@ def main() -> None:
             in_turn = in_turn[number % len(in_turn) :] + in_turn[: number % len(in_turn)]
             for variant, (checkout, quantize) in in_turn:
                 with Service("ours", "--quantize", quantize, root=checkout) as service:
-                    service.ask(Request("Hello.", 4))
+                    service.ask(Request("Hello.", 4))  # warm up
                     for users in args.users:
-                        load = Load(service, args, random.Random(number))
-                        load.run_closed(users)
                         name = f"{kind} | {variant} | {users}"
-                        runs.setdefault(name, []).append(load.figures())
-                        print(f"round {number + 1}, {name}: {runs[name][-1]}", flush=True)
+                        figures = Load(service, args.seconds, number).closed(users)
+                        runs.setdefault(name, []).append(figures)
+                        print(f"round {number + 1}, {name}: {figures}", flush=True)
             for variable in LIMITS[kind]:
                 del os.environ[variable]
-    middle = {name: spread(figures) for name, figures in runs.items()}
+    medians = {name: common.spread(figures) for name, figures in runs.items()}
     report = {
-        "machine": machine(),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "settings": {**vars(args), "pause": 0.0, "long_prompt": 0},
         "limits": {kind: LIMITS[kind] for kind in args.kinds},
-        "median_low_high": middle,
+        "median_low_high": medians,
         "rounds": runs,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    print_table(middle)
-
-
-def print_table(middle: dict[str, dict[str, Any]]) -> None:
-    print("| kind | --quantize | users | " + " | ".join(COLUMNS) + " |")
-    print("|---" * (len(COLUMNS) + 3) + "|")
-    for name, figures in middle.items():
-        cells = ["{:g} ({:g} to {:g})".format(*figures[column]) for column in COLUMNS]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    common.write_report(args.name, report)
+    print(common.table("| kind | --quantize | users", COLUMNS, medians))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""What a long reply costs the chat page: its process, the browser, and the line between them.
+"""Measure the cost of a long reply on the chat page: its process, its traffic and the browser.
 
-    python benchmarks/page.py            (wants requirements-dev.txt and a Chromium)
+    python benchmarks/page.py            (requires requirements-dev.txt and Chromium)
 
-A stand-in for the service sends a reply of Markdown at an even pace, so that what is measured is
-the page. Printed: the machine, and for each thousand tokens the pieces that the browser received
-and their bytes, seconds of CPU of the page's process and of the browser's main thread.
+A fake service sends a Markdown reply at an even rate, so the figures do not depend on a model.
+Prints the machine. For each thousand tokens it prints the pieces and bytes that the browser has
+received, and the CPU seconds of the page's process and of the browser's main thread.
 """
 
-import argparse
 import json
 import sys
 import threading
@@ -15,17 +14,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
+import common
 import psutil
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(common.ROOT / "tests"))
 
-from late_tokens import machine  # noqa: E402
-from support.browser import started_chromium, visit  # noqa: E402
-from support.processes import Process, free_port  # noqa: E402
+from support.browser import started_chromium, visit
+from support.processes import Process, free_port
 
 PARAGRAPH = (
     "The **sea** is `blue`, and $x^2$ is a formula; it goes on for a while, as texts do. "
@@ -39,6 +36,8 @@ ABOUT = {
     "defaults": {"temperature": 0.6},
     "bounds": {},
 }
+REACHED = """n => parseInt(
+    document.querySelector('#chat .meter')?.innerText.match(/(\\d+) tokens/)?.[1] ?? 0) >= n"""
 
 
 def words(count: int) -> list[str]:
@@ -47,6 +46,7 @@ def words(count: int) -> list[str]:
 
 
 def events(count: int, rate: float) -> Iterator[dict[str, Any]]:
+    """Yield the events of a reply at `rate` tokens per second."""
     trimmed = {"messages": 0, "tokens": 0}
     yield {"event": "start", "id": "x", "model": "stand-in", "prompt_tokens": 9, "trimmed": trimmed}
     began = time.monotonic()
@@ -61,25 +61,28 @@ def events(count: int, rate: float) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def stand_in(count: int, rate: float) -> Iterator[str]:
+def fake_service(count: int, rate: float) -> Iterator[str]:
+    """Serve the same reply to every request. Yield the address."""
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
             body = json.dumps(ABOUT).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
+            self._begin("Content-Length", str(len(body)))
             self.wfile.write(body)
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
+            self._begin("Transfer-Encoding", "chunked")
             for event in events(count, rate):
                 self._chunk(json.dumps(event).encode() + b"\n")
             self._chunk(b"")
+
+        def _begin(self, header: str, value: str) -> None:
+            self.send_response(200)
+            self.send_header(header, value)
+            self.end_headers()
 
         def _chunk(self, data: bytes) -> None:
             self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
@@ -94,12 +97,12 @@ def stand_in(count: int, rate: float) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=4000)
-    parser.add_argument("--rate", type=float, default=100.0, help="tokens a second")
+    parser = common.parser_for(__doc__)
+    parser.add_argument("--tokens", type=int, default=4000, help="length of the reply")
+    parser.add_argument("--rate", type=float, default=100.0, help="tokens per second")
     args = parser.parse_args()
-    print(json.dumps(machine()))
-    with stand_in(args.tokens, args.rate) as service, started_chromium() as chromium:
+    print(json.dumps(common.machine()))
+    with fake_service(args.tokens, args.rate) as service, started_chromium() as chromium:
         port = free_port()
         environment = {"LLAMA3_ADDRESS": service, "GRADIO_SERVER_PORT": str(port)}
         process = Process("llama3_app.py", ready="Running on", port=port, environment=environment)
@@ -110,18 +113,20 @@ def main() -> None:
 
 
 def measure(chromium: Any, process: Process, tokens: int) -> None:
+    """Ask for the reply on the page and print the figures of each thousand tokens."""
     page = visit(chromium.new_context(viewport={"width": 1280, "height": 800}), process.url)
-    line = page.context.new_cdp_session(page)
-    line.send("Performance.enable")
-    line.send("Network.enable")
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Performance.enable")
+    devtools.send("Network.enable")
     received: list[int] = []
-    line.on("Network.dataReceived", lambda data: received.append(data["dataLength"]))
+    devtools.on("Network.dataReceived", lambda data: received.append(data["dataLength"]))
     own = psutil.Process(process.pid)
 
     def figures() -> tuple[float, float, int, int]:
-        metrics = {m["name"]: m["value"] for m in line.send("Performance.getMetrics")["metrics"]}
+        metrics = devtools.send("Performance.getMetrics")["metrics"]
+        (busy,) = (m["value"] for m in metrics if m["name"] == "TaskDuration")
         times = own.cpu_times()
-        return times.user + times.system, metrics["TaskDuration"], len(received), sum(received)
+        return times.user + times.system, busy, len(received), sum(received)
 
     page.locator("#box textarea").fill("Go.")
     before = figures()
@@ -129,18 +134,12 @@ def measure(chromium: Any, process: Process, tokens: int) -> None:
     page.keyboard.press("Enter")
     print(f"{'tokens':>7} {'s':>6} {'pieces':>8} {'KB':>8} {'page CPU s':>11} {'browser s':>10}")
     for milestone in range(1000, tokens + 1, 1000):
-        page.wait_for_function(
-            "n => parseInt(document.querySelector('#chat .meter')?.innerText.match("
-            "/(\\d+) tokens/)?.[1] ?? 0) >= n",
-            arg=milestone,
-            timeout=600_000,
-        )
+        page.wait_for_function(REACHED, arg=milestone, timeout=600_000)
         now = figures()
         cpu, browser, pieces, size = (a - b for a, b in zip(now, before, strict=True))
-        seconds = time.monotonic() - began
+        seconds, kb = time.monotonic() - began, size / 1000
         print(
-            f"{milestone:>7} {seconds:>6.1f} {pieces:>8} {size / 1000:>8.0f} {cpu:>11.2f} "
-            f"{browser:>10.2f}"
+            f"{milestone:>7} {seconds:>6.1f} {pieces:>8} {kb:>8.0f} {cpu:>11.2f} {browser:>10.2f}"
         )
 
 

@@ -1,31 +1,28 @@
-"""What our service is compared with, where it is no command of its own.
+"""Run a peer that has no command of its own, or our engine without HTTP.
 
     python benchmarks/peers.py llama.cpp --port 8950      # llama.cpp's server, on the demo GGUF
     python benchmarks/peers.py streamer --port 8950       # Flask and TextIteratorStreamer
     python benchmarks/peers.py in-process --users 8       # our engine without HTTP; prints tokens/s
 
-The servers answer POST /v1/chat/completions, streamed, with usage at the end.
+The servers accept POST /v1/chat/completions and stream the reply, with `usage` at the end.
 """
 
-import argparse
+import contextlib
 import json
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser_for(__doc__)
     parser.add_argument("peer", choices=["llama.cpp", "streamer", "in-process"])
     parser.add_argument("--port", type=int, default=8950)
     parser.add_argument("--users", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=12.0)
-    args = parser.parse_args()
+    args = common.add_flags(parser, seconds=12.0).parse_args()
     if args.peer == "llama.cpp":
         serve_llama_cpp(args.port)
     elif args.peer == "streamer":
@@ -35,7 +32,7 @@ def main() -> None:
 
 
 def serve_llama_cpp(port: int) -> None:
-    """As many slots as we have, 2,048 tokens each, and a thread for each of the two cores."""
+    """Run llama.cpp's server with 32 slots of 2,048 tokens, like our service, on two threads."""
     import xllamacpp
 
     from stream_generator.loading.demo_model import DEMO_GGUF
@@ -52,7 +49,7 @@ def serve_llama_cpp(port: int) -> None:
 
 
 def serve_streamer(port: int) -> None:
-    """The pattern of a hundred tutorials: a thread for `generate`, and its queue."""
+    """Run the server of many tutorials: `generate` in a thread and its queue of text."""
     import torch
     import waitress
     from flask import Flask, Response, request
@@ -102,32 +99,29 @@ def serve_streamer(port: int) -> None:
 
 
 def run_in_process(users: int, seconds: float) -> float:
-    """Tokens a second of our engine for so many users, each asking again at once."""
+    """Measure our engine in tokens per second. Each user sends requests without pauses."""
     from stream_generator.threads import settle_threads
 
-    settle_threads()  # as the command does
-    from serve import SAMPLING, TOKENS, question
-
+    settle_threads()  # the command of the service does the same, before torch is imported
     from stream_generator.engine.engine import Engine
+    from stream_generator.errors import EngineClosed
     from stream_generator.loading.load import load_checkpoint
     from stream_generator.sampling_params import SamplingParams
 
     checkpoint = load_checkpoint()
     engine = Engine(checkpoint)
-    params = SamplingParams(max_new_tokens=TOKENS, **SAMPLING)
+    params = SamplingParams(max_new_tokens=common.TOKENS, **common.SAMPLING)
     counts = [0] * users
     end = threading.Event()
 
     def user(number: int) -> None:
         asked = 0
         while not end.is_set():
-            message: Any = {"role": "user", "content": question(1000 * number + asked)}
+            message: Any = {"role": "user", "content": common.question(1000 * number + asked)}
             asked += 1
-            stream = engine.submit(checkpoint.chat.encode([message]), params)
-            for output in stream:
-                counts[number] += output.choice is not None
-                if end.is_set():
-                    stream.close()
+            with contextlib.suppress(EngineClosed):  # at the end of the measurement
+                for output in engine.submit(checkpoint.chat.encode([message]), params):
+                    counts[number] += output.choice is not None
 
     def watch() -> None:
         threads = [threading.Thread(target=user, args=(n,), daemon=True) for n in range(users)]
@@ -141,10 +135,10 @@ def run_in_process(users: int, seconds: float) -> float:
         engine.drain(0)
 
     rates: list[float] = []
-    threading.Thread(target=watch).start()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     engine.run()
-    while not rates:
-        time.sleep(0.01)
+    watcher.join()
     return round(rates[0], 1)
 
 

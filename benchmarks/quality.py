@@ -1,26 +1,26 @@
-"""What packing costs in quality: next-token distributions against the float32 model.
+"""Measure how much each quantization changes the next-token distributions of the demo model.
 
     python benchmarks/quality.py
 
-The demo GGUF, dequantized to float32, is the reference. For each way of packing: the mean
-Kullback-Leibler divergence from it and how often the likeliest token is the same, over two texts
-of 2,048 tokens (source code and documentation of the standard library), computed as a reply is (a
-token at a time, for two rows) and as a prompt is (in chunks). llama.cpp's server tells the 100
-likeliest tokens alone; what is left of both distributions is then counted as one token, and ours is
-given so too (`kl_100`). Writes benchmarks/results/quality.json.
+The reference is the demo GGUF, dequantized to float32. The figures are the mean Kullback-Leibler
+divergence from the reference (`kl`) and the share of positions with the same likeliest token
+(`same_top`). The texts are source code and documentation of the standard library, 2,048 tokens
+each. Each quantization computes both texts as replies (one token at a time, two rows) and as
+prompts (in chunks).
+
+The server of llama.cpp reports only the 100 likeliest tokens, so `kl_100` counts all other tokens
+as one token, for every system. Writes benchmarks/results/NAME.json.
 """
 
 import argparse
-import json
 import pydoc_data.topics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
+import common
 import torch
-from late_tokens import RESULTS, machine
-from serve import Service
+from systems import Service
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from stream_generator.engine.graph_runner import GraphRunner
@@ -45,11 +45,10 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser_for(__doc__)
     parser.add_argument("--modes", nargs="+", default=["none", "auto", "int8", "int4"])
-    parser.add_argument("--tokens", type=int, default=2048, help="of each of the two texts")
-    parser.add_argument("--name", default="quality")
-    args = parser.parse_args()
+    parser.add_argument("--tokens", type=int, default=2048, help="length of each text")
+    args = common.add_flags(parser, name="quality").parse_args()
     checkpoint = load_checkpoint(quantize="none")
     texts = [
         Path(argparse.__file__).read_text(encoding="utf-8"),
@@ -59,7 +58,7 @@ def main() -> None:
     reference = reference_logprobs(ids)
     results: dict[str, Any] = {}
     for mode in args.modes:
-        if mode in ("int8", "int4"):  # not what the GGUF has, but made of a bfloat16 checkpoint
+        if mode in ("int8", "int4"):  # quantized from a bfloat16 checkpoint, not from the GGUF
             source = str(locate(None).dense_directory())
             packed, mode = load_checkpoint(source, mode), f"{mode} of bfloat16"
         else:
@@ -69,14 +68,12 @@ def main() -> None:
             print(mode, way, results[f"{mode}, {way}"], flush=True)
     results["llama.cpp"] = llama_cpp(ids, reference)
     print("llama.cpp", results["llama.cpp"])
-    report = {"machine": machine(), "settings": vars(args), "results": results}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{args.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    common.write_report(args.name, {"settings": vars(args), "results": results})
 
 
 @torch.inference_mode()
 def reference_logprobs(ids: list[list[int]]) -> list[torch.Tensor]:
-    """Of every position of each text: float32 [tokens, vocab]."""
+    """Compute the reference of each text: log-probabilities, float32 [tokens, vocab]."""
     gguf = fetch(DEMO_GGUF)
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32,
@@ -86,6 +83,7 @@ def reference_logprobs(ids: list[list[int]]) -> list[torch.Tensor]:
 
 
 def ours(checkpoint: Checkpoint, ids: list[list[int]], way: str) -> list[torch.Tensor]:
+    """Compute the log-probabilities of each text as a reply or as a prompt."""
     if checkpoint.graph is not None:
         return by_graph(checkpoint.graph, ids, way)
     length = len(ids[0])
@@ -103,6 +101,7 @@ def ours(checkpoint: Checkpoint, ids: list[list[int]], way: str) -> list[torch.T
 
 
 def by_graph(graph: Path, ids: list[list[int]], way: str) -> list[torch.Tensor]:
+    """Compute the log-probabilities of each text with the ONNX Runtime graph."""
     length = len(ids[0])
     runner = GraphRunner(SavedGraph.load(graph), slots=len(ids), context=length)
     slots = range(len(ids))
@@ -111,23 +110,17 @@ def by_graph(graph: Path, ids: list[list[int]], way: str) -> list[torch.Tensor]:
             runner.step(slots, [n] * len(ids), [text[n] for text in ids]) for n in range(length)
         ]
         return list(torch.stack(steps, dim=1).log_softmax(dim=-1))
-    starts = range(0, length, CHUNK)
-    return [
-        torch.cat(
-            [
-                runner.chunk(
-                    slot, n, ids[slot][n : n + CHUNK], range(len(ids[slot][n : n + CHUNK]))
-                )
-                for n in starts
-            ]
-        ).log_softmax(dim=-1)
-        for slot in slots
-    ]
+    texts = []
+    for slot in slots:
+        chunks = [(n, ids[slot][n : n + CHUNK]) for n in range(0, length, CHUNK)]
+        parts = [runner.chunk(slot, n, chunk, range(len(chunk))) for n, chunk in chunks]
+        texts.append(torch.cat(parts).log_softmax(dim=-1))
+    return texts
 
 
 @torch.inference_mode()
 def in_chunks(model: Any, text: list[int]) -> torch.Tensor:
-    """Log-probabilities of all positions, with the masks that a service makes."""
+    """Compute the log-probabilities of a text in chunks, with the masks of the service."""
     cache, parts = None, []
     for start in range(0, len(text), CHUNK):
         chunk = torch.tensor([text[start : start + CHUNK]])
@@ -140,16 +133,15 @@ def in_chunks(model: Any, text: list[int]) -> torch.Tensor:
 
 
 def compared(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> dict[str, float]:
-    kl = torch.cat([(r.exp() * (r - o)).sum(dim=-1) for o, r in zip(ours, reference, strict=True)])
-    same = torch.cat(
-        [o.argmax(dim=-1) == r.argmax(dim=-1) for o, r in zip(ours, reference, strict=True)]
-    )
-    short = [truncated(r, *o.topk(TOP, dim=-1)) for o, r in zip(ours, reference, strict=True)]
-    return figures(kl, same, torch.cat(short))
+    pairs = list(zip(ours, reference, strict=True))
+    kl = torch.cat([(r.exp() * (r - o)).sum(dim=-1) for o, r in pairs])
+    same = torch.cat([o.argmax(dim=-1) == r.argmax(dim=-1) for o, r in pairs])
+    short = torch.cat([truncated(r, *o.topk(TOP, dim=-1)) for o, r in pairs])
+    return figures(kl, same, short)
 
 
 def truncated(reference: torch.Tensor, top: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The divergence where all but `ids` [positions, TOP] counts as one token."""
+    """Compute the divergence, with all tokens outside `ids` [positions, TOP] as one token."""
     known = reference.gather(1, ids)
     rest, their_rest = ((1 - x.exp().sum(dim=-1)).clamp_min(1e-7) for x in (known, top))
     inside = (known.exp() * (known - top)).sum(dim=-1)
@@ -167,19 +159,18 @@ def figures(kl: torch.Tensor | None, same: torch.Tensor, short: torch.Tensor) ->
 
 
 def llama_cpp(ids: list[list[int]], reference: list[torch.Tensor]) -> dict[str, float]:
-    """llama.cpp's server on the same GGUF, asked for one token after each position."""
+    """Compare llama.cpp's server on the same GGUF, with one request per position."""
     same, short = [], []
-    with Service("llama.cpp") as service, requests.Session() as session:
+    params = {
+        "n_predict": 1, "n_probs": TOP, "cache_prompt": True, "id_slot": 0,
+        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
+    }  # fmt: skip
+    with Service("llama.cpp") as service:
         for text, expected in zip(ids, reference, strict=True):
             for position in range(len(text)):
-                body = {
-                    "prompt": text[: position + 1], "n_predict": 1, "n_probs": TOP,
-                    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0,
-                    "cache_prompt": True, "id_slot": 0,
-                }  # fmt: skip
-                answer = session.post(f"{service.url}/completion", json=body, timeout=60).json()
+                answer = service.complete(prompt=text[: position + 1], **params)
                 if not answer.get("completion_probabilities"):
-                    continue  # a few answers hold none; `positions` counts the others
+                    continue  # a few answers have no probabilities; `positions` leaves them out
                 best = answer["completion_probabilities"][0]["top_logprobs"]
                 token_ids = torch.tensor([[b["id"] for b in best]])
                 logprobs = torch.tensor([[b["logprob"] for b in best]])

@@ -1,8 +1,8 @@
-"""Run one of the benchmarks in an environment of its own, with the peers in it.
+"""Run a benchmark in a separate virtual environment that contains the peers.
 
     python benchmarks/with_peers.py compare.py --rounds 5
 
-Needs nothing but Python: the environment is made, and filled, at the first time.
+Requires only Python. The first run creates the environment and installs the packages.
 """
 
 import subprocess

@@ -159,3 +159,82 @@ def test_links_between_the_documents_lead_somewhere() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+TESTS = ROOT / "tests"
+PATCHES = {"setattr", "delattr", "getattr"}
+ALLOWED = {
+    "test_page.py": {"_queue"},  # of Gradio's demo
+}
+
+
+def defined_privates() -> set[str]:
+    """The private names that our packages and commands define: functions, classes, attributes."""
+    names: set[str] = set()
+    for path in [*modules(), *ROOT.glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    names.add(name)
+                case ast.Attribute(attr=name, ctx=ast.Store()) | ast.Name(id=name, ctx=ast.Store()):
+                    names.add(name)
+    return {name for name in names if re.match("_[a-zA-Z]", name)}
+
+
+def privates_read(source: str, defined: set[str]) -> set[str]:
+    """The private names of our packages that a test file reads, imports or patches.
+
+    `self._x` and `super()._x` are a test's own; names that our packages do not define are others'.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Attribute(
+                value=ast.Name(id="self" | "cls") | ast.Call(func=ast.Name("super"))
+            ):
+                pass
+            case ast.Attribute(attr=name):
+                found.add(name)
+            case ast.ImportFrom(names=aliases):
+                found |= {alias.name for alias in aliases}
+            case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)) if name in PATCHES:
+                words = [word.value for word in node.args if isinstance(word, ast.Constant)]
+                found |= {str(word).rpartition(".")[2] for word in words}
+    return found & defined
+
+
+def test_no_test_reads_a_private_name_of_our_packages() -> None:
+    defined = defined_privates()
+    assert {"_batch", "_changed"} <= defined
+    for path in TESTS.rglob("*.py"):
+        read = privates_read(path.read_text(), defined) - ALLOWED.get(path.name, set())
+        assert not read, f"{path.relative_to(ROOT)} reads {', '.join(sorted(read))}"
+
+
+@pytest.mark.parametrize(
+    ("source", "is_refused"),
+    [
+        ("engine._batch.waiting", True),
+        ("stream.close()._batch", True),
+        ("from stream_generator.engine.engine import _batch", True),
+        ("monkeypatch.setattr('stream_generator.engine.engine._batch', None)", True),
+        ("monkeypatch.setattr(engine, '_batch', None)", True),
+        ("getattr(engine, '_batch')", True),
+        ("self._batch = super()._batch", False),
+        ("demo._queue", False),
+        ("engine.requests", False),
+    ],
+)
+def test_the_check_for_private_names_finds_each_way_to_read_one(
+    source: str, is_refused: bool
+) -> None:
+    assert bool(privates_read(source, {"_batch"})) == is_refused
+
+
+def test_no_test_file_is_over_400_lines() -> None:
+    long = {
+        path.name: length
+        for path in TESTS.rglob("*.py")
+        if (length := len(path.read_text().splitlines())) > 400
+    }
+    assert not long, f"split by subject: {long}"

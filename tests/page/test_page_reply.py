@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support.fakes import Gate, fake_checkpoint, says
 from support.service import RunningService, ServiceFactory
+from support.waiting import wait_for
 
 from chat_page.conversation import ChatSettings, Conversation
 from chat_page.pace import Batches
@@ -34,11 +35,10 @@ def write(
 @contextmanager
 def meanwhile(task: Callable[[], object], service: RunningService) -> Iterator[None]:
     """Until the block begins, `task`, in a thread, has had the one open stream marked as ended."""
-    (stream,) = service.engine._streams.values()
+    (request,) = service.engine.requests
     thread = threading.Thread(target=task)
     thread.start()
-    with service.engine._changed:
-        assert service.engine._changed.wait_for(lambda: stream.request.abort_requested, TIMEOUT)
+    wait_for(lambda: request.abort_requested, service.engine)
     yield
     thread.join()
 
@@ -249,7 +249,7 @@ def test_what_goes_wrong_is_a_sentence_and_what_had_come_is_kept(serve: ServiceF
 def test_a_key_that_is_missing_and_a_full_queue_have_sentences_of_their_own(
     serve: ServiceFactory,
 ) -> None:
-    from stream_service.settings import ChatSettings as ServiceSettings
+    from stream_service.settings import ServiceSettings
 
     checkpoint = fake_checkpoint(says("a"))
     *_, last = write(serve(checkpoint, settings=ServiceSettings(api_keys=("k",))))

@@ -3,7 +3,7 @@
     python llama3_app.py        or        gradio llama3_app.py
 
 The page reaches the service over HTTP only, at LLAMA3_ADDRESS or http://127.0.0.1:8800. It sends
-LLAMA3_API_KEY, if that is set, and shows it to nobody. `chat_page/` holds the page itself.
+the key in LLAMA3_API_KEY to the service, never to a browser. `chat_page/` holds the page itself.
 """
 
 import argparse

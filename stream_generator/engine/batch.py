@@ -112,9 +112,9 @@ class Batch:
         return first
 
     def _reuse_prefix(self, request: Request) -> None:
-        """Before a prompt begins, look again: a neighbour may have computed its beginning since.
+        """Look for a prefix again, before a prompt begins: a neighbour may have computed it since.
 
-        So requests that arrive together with one prompt, or one system prompt, compute it once.
+        Requests that arrive together with the same prompt, or system prompt, compute it once.
         """
         if request.num_computed_tokens > request.num_cached_tokens:
             return
@@ -124,10 +124,10 @@ class Batch:
             request.num_computed_tokens = request.num_cached_tokens = length
 
     def _decode(self, requests: list[Request]) -> list[tuple[Request, Sampled]]:
-        """One more id for each.
+        """Draw one id for each request.
 
-        Where memory is short the newest request goes, and the others are tried again. Any other
-        failure is tried again for each alone, so that it stays with the one it belongs to.
+        If memory is short, the newest request fails and the others are tried again. After any other
+        failure each request is tried alone, so that only the request that caused it fails.
         """
         if not requests:
             return []
@@ -148,7 +148,7 @@ class Batch:
 
 
 def _append(request: Request, sampled: Sampled) -> TokenOutput:
-    """What a request makes of its new id; turning it into text may fail, as computing may."""
+    """Append the new id to its request. Decoding the id may fail, as computing it may."""
     if isinstance(sampled, GenerationFailed):
         return request.fail(sampled)
     try:
@@ -158,9 +158,9 @@ def _append(request: Request, sampled: Sampled) -> TokenOutput:
 
 
 def _failure(request: Request, error: Exception) -> GenerationFailed:
-    """What the reader is told. Details stay in the log: they may hold paths or addresses.
+    """The error for the reader. Details stay in the log, because they may hold paths or addresses.
 
-    Where the device is lost for this process, the error goes on: nothing would ever succeed again.
+    Raises `error` again if the device is lost: nothing would succeed in this process any more.
     """
     if isinstance(error, torch.AcceleratorError):
         raise error

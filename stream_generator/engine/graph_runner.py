@@ -1,8 +1,7 @@
-"""Runs requests side by side on a step graph, in the slots of one cache.
+"""Run many requests on a step graph, in the slots of one cache.
 
-A request's logits are the same to the bit whatever runs beside it, if two things hold that this
-runner sees to: a forward has at least `least_rows` rows, and a decode shares no forward with a
-prompt.
+A request's logits have the same bits whatever runs beside it, because this runner keeps two rules:
+a forward has at least `least_rows` rows, and no forward contains both a prompt and a decode.
 """
 
 from collections.abc import Sequence as Items
@@ -20,7 +19,7 @@ LONG_CHUNK = 64  # ids from which on a forward's memory is given back to the sys
 
 
 class GraphRunner:
-    """Runs requests side by side in the slots of one cache, on a CPU."""
+    """Runs requests together, each in its own slot of one cache, on a CPU."""
 
     keeps_prefixes = True
     has_logprobs = True
@@ -73,7 +72,7 @@ class GraphRunner:
             states[target, :, :length] = states[source, :, :length]
 
     def release(self, request: Request, *, sound: bool) -> None:
-        """Nothing is left to do: a row never reads beyond its own positions."""
+        """Do nothing: a row never reads beyond its own positions."""
 
     def chunk(
         self, slot: int, start: int, ids: Items[int], wanted: Items[int] = (-1,)
@@ -99,7 +98,7 @@ class GraphRunner:
 
         Returns the logits after it, float32 [slots, vocabulary].
         """
-        # Slots between these take no part: they have no row, and attention skips them.
+        # Other slots up to the last have no row, and attention skips them.
         count = max(slots) + 1
         rows = torch.arange(max(len(slots), self.least_rows)).clamp_max(len(slots) - 1)
         chosen = torch.tensor(slots)

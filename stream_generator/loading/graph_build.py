@@ -30,8 +30,8 @@ def build_graph(config: PreTrainedConfig, weights: Weights, directory: Path) -> 
     Each layer is compared with transformers' own: one of these is in memory at a time.
     Raises `NotBuildable` for a model of another shape, or that computes something else.
     """
-    shape = layer_shape(config)
     model = _skeleton(config)
+    shape = _shape_of(model, config)
     rotary = type(model.base_model.rotary_emb)(config)
     formats = []
     directory.mkdir()
@@ -62,8 +62,12 @@ def build_graph(config: PreTrainedConfig, weights: Weights, directory: Path) -> 
 
 def layer_shape(config: PreTrainedConfig) -> LayerShape:
     """Raises `NotBuildable` for a model whose layers are not of the shape of Llama's."""
+    return _shape_of(_skeleton(config), config)
+
+
+def _shape_of(model: Any, config: PreTrainedConfig) -> LayerShape:
     try:
-        layers = list(_skeleton(config).base_model.layers)
+        layers = list(model.base_model.layers)
         for layer in layers:
             check_parts(layer)
         windows = attention_windows(config)

@@ -61,11 +61,11 @@ def _downloaded(name: str, revision: str | None, files: list[str], besides: str 
         with contextlib.suppress(DryRunError):  # offline: what is there must do
             plan: Any = download(dry_run=True)
             missing = sum(file.file_size for file in plan if file.will_download)
-        place = Path(constants.HF_HUB_CACHE)
-        place.mkdir(parents=True, exist_ok=True)
-        if missing > (free := shutil.disk_usage(place).free):
+        directory = Path(constants.HF_HUB_CACHE)
+        directory.mkdir(parents=True, exist_ok=True)
+        if missing > (free := shutil.disk_usage(directory).free):
             raise CheckpointError(
-                f"{name} takes {missing / 1e9:.1f} GB more of disk in {place}, where "
+                f"{name} takes {missing / 1e9:.1f} GB more of disk in {directory}, where "
                 f"{free / 1e9:.1f} GB are free; make room, or set HF_HOME to another place"
             )
         return Path(download())

@@ -16,7 +16,7 @@ class SafetensorsWeights:
 
     def __init__(self, files: list[Path]):
         self._files = [safe_open(file, framework="pt") for file in files]
-        self._places: dict[str, Any] = {n: file for file in self._files for n in file.keys()}  # noqa: SIM118
+        self._file_of: dict[str, Any] = {n: file for file in self._files for n in file.keys()}  # noqa: SIM118
 
     def packed(self, module: str) -> PackedWeight | None:
         """None: nothing is packed in these files."""
@@ -24,9 +24,9 @@ class SafetensorsWeights:
 
     def dense(self, parameter: str) -> torch.Tensor:
         """Read a parameter. Raises `KeyError` where the files lack it."""
-        if parameter not in self._places and parameter == f"{HEAD}.weight":
+        if parameter not in self._file_of and parameter == f"{HEAD}.weight":
             parameter = f"{EMBEDDING}.weight"  # shared
-        tensor: torch.Tensor = self._places[parameter].get_tensor(parameter)
+        tensor: torch.Tensor = self._file_of[parameter].get_tensor(parameter)
         return tensor
 
 

@@ -25,36 +25,23 @@ from stream_generator.request import Request
 from stream_generator.sampling_params import SamplingParams
 
 
-class FrequencyPenalty(LogitsProcessor):  # type: ignore[misc]
-    """OpenAI's frequency penalty, on generated tokens only: logit[j] -= count[j] * penalty.
+class CountPenalty(LogitsProcessor):  # type: ignore[misc]
+    """OpenAI's frequency and presence penalties, on generated tokens only.
 
+    logit[j] -= count[j] * frequency + (count[j] > 0) * presence
     Source: OpenAI API reference, "Frequency and presence penalties".
     """
 
-    def __init__(self, penalty: float, prompt_length: int):
-        self.penalty = penalty
-        self.prompt_length = prompt_length
+    def __init__(self, request: Request, *, frequency: float = 0.0, presence: float = 0.0):
+        self.frequency = frequency
+        self.presence = presence
+        self.prompt_length = len(request.prompt_ids)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         generated = input_ids[:, self.prompt_length :]
         counts = torch.zeros_like(scores)
         counts.scatter_add_(1, generated, torch.ones_like(generated, dtype=scores.dtype))
-        return scores - counts * self.penalty
-
-
-class PresencePenalty(LogitsProcessor):  # type: ignore[misc]
-    """OpenAI's presence penalty, on generated tokens only: logit[j] -= (count[j] > 0) * penalty.
-
-    Source: OpenAI API reference, "Frequency and presence penalties".
-    """
-
-    def __init__(self, penalty: float, prompt_length: int):
-        self.penalty = penalty
-        self.prompt_length = prompt_length
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        generated = input_ids[:, self.prompt_length :]
-        return scores - torch.zeros_like(scores).scatter_(1, generated, self.penalty)
+        return scores - counts * self.frequency - (counts > 0) * self.presence
 
 
 class ForbidIds(LogitsProcessor):  # type: ignore[misc]
@@ -104,8 +91,8 @@ ADJUST: Mapping[str, Parameter] = {
     "repetition_penalty": Parameter(1.0, lambda v, _: RepetitionPenaltyLogitsProcessor(v)),
     "no_repeat_ngram_size": Parameter(0, lambda v, _: NoRepeatNGramLogitsProcessor(v)),
     "min_new_tokens": Parameter(0, _minimum_length),
-    "frequency_penalty": Parameter(0.0, lambda v, r: FrequencyPenalty(v, len(r.prompt_ids))),
-    "presence_penalty": Parameter(0.0, lambda v, r: PresencePenalty(v, len(r.prompt_ids))),
+    "frequency_penalty": Parameter(0.0, lambda v, r: CountPenalty(r, frequency=v)),
+    "presence_penalty": Parameter(0.0, lambda v, r: CountPenalty(r, presence=v)),
 }
 # What restricts a draw, in transformers' order. Greedy rows ignore these.
 RESTRICT: Mapping[str, Parameter] = {

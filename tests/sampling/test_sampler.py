@@ -16,8 +16,7 @@ from stream_generator.request import Request
 from stream_generator.sampling.processors import (
     ADJUST,
     RESTRICT,
-    FrequencyPenalty,
-    PresencePenalty,
+    CountPenalty,
     processors,
 )
 from stream_generator.sampling.sampler import check_scores, draw, generator_for, sample, uniform
@@ -96,10 +95,11 @@ def test_count_penalties_follow_openais_formula_on_generated_ids_only(
     generated: list[int], frequency: float, presence: float
 ) -> None:
     prompt = [9, 9, 9]
+    request = CHECKPOINT.new_request(prompt, SamplingParams(), request_id="x")
     scores = torch.zeros(1, 10)
     ids = torch.tensor([prompt + generated])
-    scores = FrequencyPenalty(frequency, len(prompt))(ids, scores)
-    out = PresencePenalty(presence, len(prompt))(ids, scores)
+    scores = CountPenalty(request, frequency=frequency)(ids, scores)
+    out = CountPenalty(request, presence=presence)(ids, scores)
     for j in range(10):
         count = generated.count(j)
         assert float(out[0, j]) == pytest.approx(

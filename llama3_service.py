@@ -1,4 +1,4 @@
-"""The command: arguments, then checkpoint, engine, application and server.
+"""The command of the service: parse flags, load the model, serve it, shut down.
 
 python llama3_service.py [--ckpts DIRECTORY_OR_HUB_ID] [--app]
 """
@@ -18,7 +18,7 @@ from stream_generator.threads import settle_threads
 from stream_service.command_line import parse_arguments
 from stream_service.loopback import is_loopback_url
 
-if TYPE_CHECKING:  # each is imported where it is used: --help and a mistyped flag answer at once
+if TYPE_CHECKING:  # imported late at run time, so that --help and wrong flags answer at once
     from stream_generator.engine.engine import Engine
     from stream_generator.loaded_model import Checkpoint
     from stream_service.server import Server
@@ -27,7 +27,7 @@ PAGE = Path(__file__).with_name("llama3_app.py")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until a signal ends it; returns the exit status."""
+    """Serve until a signal ends the service. Returns the exit status."""
     args = parse_arguments(arguments)
     if args.cache is not None:
         from stream_generator.loading.cache_listing import list_or_delete
@@ -44,38 +44,35 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("ended while loading", file=sys.stderr)
+        print("interrupted while the model was loading", file=sys.stderr)
         return 1
     return serve(args, server, engine)
 
 
 class CannotListen(Exception):
-    """A port that the command was told to use is not free, or not its to use."""
+    """The command cannot use one of its ports."""
 
 
 def listen(args: argparse.Namespace) -> "Server":
-    """A server that answers from now on, if only that the model is loading.
-
-    Raises `CannotListen`.
-    """
+    """Start a server that reports that the model is loading. Raises `CannotListen`."""
     from stream_service.server import Server, bind
 
     try:
         flag, port = "--app-port", args.app_port
-        if args.app:  # the page itself starts when the model is loaded
+        if args.app:  # the page starts later, when the model is loaded
             bind(args.host, port).close()
         flag, port = "--port", args.port
         listening = bind(args.host, port)
     except OSError as error:
         raise CannotListen(
             f"cannot listen on {args.host}:{port}: {error.strerror}; choose another {flag}, or end "
-            "what is using it"
+            "the program that uses this port"
         ) from error
     return Server(listening, max_body=args.settings.max_body).start()
 
 
 def load(args: argparse.Namespace, server: "Server", threads: int) -> "Engine":
-    """The engine of the model that is asked for, behind the server. Raises `CheckpointError`."""
+    """Load the model, and connect its engine to the server. Raises `CheckpointError`."""
     from stream_generator.engine import warm_up
     from stream_generator.engine.engine import Engine
     from stream_generator.engine.runners import runner_of
@@ -109,11 +106,11 @@ def load(args: argparse.Namespace, server: "Server", threads: int) -> "Engine":
 
 
 def serve(args: argparse.Namespace, server: "Server", engine: "Engine") -> int:
-    """Compute, on this thread, which has loaded the model, until a signal or a failure ends it."""
+    """Serve until a signal or a failure, and return the exit status. This thread computes."""
     from stream_service.page_process import PageProcess, page_environment
 
     def end(signal_number: int, frame: object) -> None:
-        if ending.is_set():  # a second one ends at once, and the page with it
+        if ending.is_set():  # a second signal ends service and page at once
             if page is not None:
                 page.kill()
             os._exit(1)
@@ -125,7 +122,7 @@ def serve(args: argparse.Namespace, server: "Server", engine: "Engine") -> int:
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
-        signal.signal(signal.SIGHUP, end)  # the terminal is closed; nohup has it ignored
+        signal.signal(signal.SIGHUP, end)  # the terminal closed; nohup ignores this signal
     address = f"http://{_reachable(args.host)}:{server.port}"
     if args.app:
         key = args.settings.api_keys[0] if args.settings.api_keys else None
@@ -152,11 +149,11 @@ def _speed_line(checkpoint: "Checkpoint", threads: int, processor: str, speed: f
         where = str(device)
     if speed is None:
         return where
-    return f"{where}: one stream gets {speed:.{0 if speed >= 10 else 1}f} tokens a second"
+    return f"{where}: one stream gets {speed:.{0 if speed >= 10 else 1}f} tokens per second"
 
 
 def start_log(as_json: bool) -> None:
-    """One line to stderr for each request, and what else there is to say."""
+    """Log to stderr: infos of this project, and warnings of all libraries."""
     handler = logging.StreamHandler()
     if as_json:
         from pythonjsonlogger.json import JsonFormatter
@@ -170,37 +167,37 @@ def start_log(as_json: bool) -> None:
 
 
 def _welcome(args: argparse.Namespace, checkpoint: "Checkpoint", address: str) -> str:
-    """What a person who has just started it wants to know."""
+    """Return the text that the command prints when the service is ready."""
     path, body = "stream", '{"query": "Explain how a rainbow forms."}'
     if not checkpoint.chat.can_chat:
         path, body = "v1/completions", '{"prompt": "A rainbow forms", "stream": true}'
     keys = args.settings.api_keys
     is_open = not keys and not args.is_loopback
     warning = (
-        f"\nWARNING: {args.host} can be reached from outside, and no key is asked for. Give one "
-        "with LLAMA3_API_KEY or --api-key-file.\n"
+        f"\nWARNING: the service listens on {args.host} without an API key, so other machines can "
+        "use it. Set a key with LLAMA3_API_KEY or --api-key-file.\n"
     )
     options = "-H 'Content-Type: application/json'"
     if keys:
         options = f"-H 'Authorization: Bearer YOUR_KEY' {options}"
-    if _asks_a_proxy(address):
+    if _needs_noproxy(address):
         options = f"--noproxy '*' {options}"
     return (
-        f"{checkpoint.name} is ready at {address} (for OpenAI's clients: {address}/v1; the "
-        f"protocol: {address}/docs). Try:\n\n"
+        f"{checkpoint.name} is ready at {address} (OpenAI clients: {address}/v1; "
+        f"documentation: {address}/docs). Try:\n\n"
         f"    curl -N {options} -d '{body}' {address}/{path}\n"
         f"{warning if is_open else ''}"
     )
 
 
-def _asks_a_proxy(address: str) -> bool:
-    """Whether a client would ask a proxy for this address of this machine, in vain."""
+def _needs_noproxy(address: str) -> bool:
+    """Tell whether clients would ask a proxy for this address, which no proxy can reach."""
     has_proxy = bool(getproxies().keys() & {"http", "all"})
     return is_loopback_url(address) and has_proxy and not proxy_bypass(urlsplit(address).netloc)
 
 
 def _reachable(host: str) -> str:
-    """The host as a client on this machine writes it."""
+    """Return the host that clients on this machine write into a URL."""
     if host in ("0.0.0.0", "::"):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host

@@ -1,6 +1,6 @@
 """Chat in the terminal with the `openai` client.
 
-Install the client (`pip install openai`) and start the service (`python llama3_service.py`), then:
+Install the client (`pip install openai`), start the service (`python llama3_service.py`), then run:
 
     python examples/openai_chat.py
 

@@ -1,4 +1,4 @@
-"""The Flask application, and what holds for all its routes."""
+"""Creates the Flask application: its routes, headers, log lines and errors."""
 
 import re
 import time
@@ -26,19 +26,19 @@ def create_app(
     *,
     tokens_per_second: float | None = None,
 ) -> Flask:
-    """The service as a WSGI application, on an engine that has been started.
+    """Create the WSGI application that serves `engine`.
 
-    tokens_per_second: of one stream, where that has been measured.
+    tokens_per_second: the measured speed of one stream, for `GET /`.
     """
     settings = settings or ServiceSettings()
     app = Flask("stream_service", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body
-    # In the order of the protocol. (The attribute is of the default provider.)
+    # Keep the documented order of fields. Only the default JSON provider has this attribute.
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.config["TOKENS_PER_SECOND"] = tokens_per_second
     app.extensions["dispatcher"] = Dispatcher(engine)
     app.extensions["metrics"] = metrics = Metrics(engine)
-    _install_frame(app, metrics)
+    _install_hooks(app, metrics)
     install_guard(app, settings)
     _install_errors(app)
     app.register_blueprint(native_api.routes)
@@ -46,8 +46,8 @@ def create_app(
     return app
 
 
-def _install_frame(app: Flask, metrics: Metrics) -> None:
-    """What holds for every answer: its request's name, its headers, its line in the log."""
+def _install_hooks(app: Flask, metrics: Metrics) -> None:
+    """Give each request an id, set the headers of its answer, and record the closed answer."""
 
     @app.before_request
     def name_request() -> None:
@@ -59,7 +59,7 @@ def _install_frame(app: Flask, metrics: Metrics) -> None:
     def finish(response: Response) -> Response:
         response.headers["X-Request-Id"] = g.request_id
         response.headers["Cache-Control"] = "no-store"
-        response.headers["X-Accel-Buffering"] = "no"  # nginx would hold tokens back
+        response.headers["X-Accel-Buffering"] = "no"  # nginx must not buffer tokens
         response.headers["X-Content-Type-Options"] = "nosniff"
         admission = g.get("admission")
         request_id, began, status = g.request_id, g.began, response.status_code
@@ -70,16 +70,15 @@ def _install_frame(app: Flask, metrics: Metrics) -> None:
             if admission:
                 admission.release()
             replies = [stream.request for stream in streams]
-            metrics.answered(
-                request_id, rule, status, began, replies, admission.n if admission else 1
-            )
+            n = admission.n if admission else 1
+            metrics.record(request_id, rule, status, began, replies, n)
 
         response.call_on_close(close)
         return response
 
 
 def _install_errors(app: Flask) -> None:
-    """Whatever is raised becomes an answer that says what to do."""
+    """Turn all exceptions into error bodies."""
 
     @app.errorhandler(StreamGeneratorError)
     def own_error(error: StreamGeneratorError) -> Response:
@@ -103,5 +102,5 @@ def _install_errors(app: Flask) -> None:
     @app.errorhandler(Exception)
     def unexpected(error: Exception) -> tuple[Response, int]:
         app.logger.error("request %s failed", g.request_id, exc_info=error)
-        body, status = http_answer(500, "internal error; the log has the details", g.request_id)
+        body, status = http_answer(500, "internal error; see the service's log", g.request_id)
         return jsonify(body), status

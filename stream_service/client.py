@@ -1,4 +1,4 @@
-"""A Python client for the service, on `requests` alone: light to import, exact about failure."""
+"""A Python client for the service. It imports only `requests`, and reports every failure."""
 
 import json
 from collections.abc import Generator, Iterator
@@ -10,13 +10,14 @@ import requests
 from stream_service.loopback import is_loopback_url
 
 CONNECT_SECONDS = 5.0
-ANSWER_SECONDS = 5.0  # to what needs no reply of the model
+ANSWER_SECONDS = 5.0  # for `stop` and `about`, which wait for no slot
+INCOMPLETE = "the stream ended before the reply was complete; send the request again"
 
 
 class StreamError(Exception):
-    """The service could not be reached, refused the request, or the stream broke off.
+    """The client cannot reach the service, the service rejects the request, or the stream breaks.
 
-    `text` is what had been received until then; `status` the HTTP status, if there was an answer.
+    `text` is the text received so far; `status` is the HTTP status, None without an answer.
     """
 
     def __init__(
@@ -38,11 +39,11 @@ class StreamError(Exception):
 
 
 class ReplyStream:
-    """An iterator of text deltas. Leaving it, by `with` or by `close`, ends the generation.
+    """An iterator of text deltas. `close`, or the end of a `with` block, aborts the request.
 
-    `start` is the stream's first event; `end` its last, once the iterator is exhausted: finish
-    reason, usage, timings, history. `text` is all that has been received. `events` is the same
-    stream with all that the service tells: use one or the other.
+    `start` is the first event of the stream. `end` is the last event, with finish reason, usage,
+    timings and history; it is empty until the stream ends. `text` is the text received so far.
+    `events` iterates over the events of the same stream: use either iterator, not both.
     """
 
     def __init__(self, response: requests.Response):
@@ -63,11 +64,11 @@ class ReplyStream:
         raise StopIteration
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """Each event as the service sent it: `start`, `queue` while it waits, `delta`, `end`."""
+        """Iterate over the events that the service sends: `start`, `queue`, `delta`, `end`."""
         return self._events
 
     def close(self) -> None:
-        """Close the connection; the service then stops generating. More than once is fine."""
+        """Close the connection. The service then aborts the request. Further calls do nothing."""
         self._events.close()
         self._response.close()
 
@@ -84,7 +85,7 @@ class ReplyStream:
 
     def _read(self) -> Generator[dict[str, Any], None, None]:
         try:
-            # chunk_size None: each chunk as it arrives; a number would wait until it is full.
+            # None reads each chunk when it arrives; a number would wait for a full chunk.
             for line in self._response.iter_lines(chunk_size=None):
                 event = json.loads(line)
                 kind = event["event"]
@@ -100,31 +101,30 @@ class ReplyStream:
                 if kind == "end":
                     return
         except (requests.RequestException, ValueError, LookupError, TypeError) as error:
-            raise StreamError("the stream broke off", text=self.text) from error
+            raise StreamError(INCOMPLETE, text=self.text) from error
         finally:
             self._response.close()
-        raise StreamError("the stream broke off", text=self.text)
+        raise StreamError(INCOMPLETE, text=self.text)
 
 
 class StreamClient:
-    """Talks to one service.
+    """A client of one service.
 
         >>> client = StreamClient("http://127.0.0.1:8800")
         >>> for delta in client.stream("Explain how a rainbow forms.", temperature=0):
         ...     print(delta, end="", flush=True)
 
-    read_timeout: seconds without any byte after which a stream counts as broken; by default
-    there is no such limit, since a request may wait its turn (to `stop` and `about`, which need
-    no turn, the service must answer within five seconds). api_key: if the service asks for
-    one.
+    read_timeout: seconds without any byte after which a call fails. By default `stop` and `about`
+    fail after five seconds, and other calls never, because a request may wait in the queue.
+    api_key: the key, if the service requires one.
     """
 
     def __init__(self, url: str, *, read_timeout: float | None = None, api_key: str | None = None):
         self.url = url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._read_timeout = read_timeout
-        # A proxy cannot reach this machine's own loopback addresses. `requests` drops the proxies
-        # of the environment that are None here.
+        # A proxy cannot reach loopback addresses of this machine. With None, `requests` ignores the
+        # proxies that the environment names.
         none: dict[str, Any] = dict.fromkeys(("http", "https", "all"))
         self._proxies = none if is_loopback_url(self.url) else None
 
@@ -135,14 +135,13 @@ class StreamClient:
         request_id: str | None = None,
         **params: Any,
     ) -> ReplyStream:
-        """The reply to a query, or to a whole conversation, as deltas.
+        """Stream the reply to a query, or to a whole conversation.
 
-        request_id: to `stop` it by; by default the service makes one.
-
-        params: the fields of `POST /stream`, e.g. `max_new_tokens=100` or `prompt="Be brief."`.
-        Raises `StreamError` at once if the service is away or refuses, and while iterating if
-        generation fails or the connection is cut. The connection closes when the iterator ends,
-        is closed, or is collected.
+        request_id: the id for `stop`; by default, the service creates one.
+        params: fields of `POST /stream`, e.g. `max_new_tokens=100` or `prompt="Be brief."`.
+        Raises `StreamError` if the service is unreachable or rejects the request. The iterator
+        raises it if the generation fails or the connection breaks. The connection closes when the
+        iterator ends, is closed, or is garbage-collected.
         """
         body = {"query" if isinstance(messages, str) else "messages": messages, **params}
         headers = {"Accept": "application/x-ndjson"}
@@ -152,16 +151,16 @@ class StreamClient:
         return ReplyStream(response)
 
     def chat(self, messages: str | list[dict[str, Any]], **params: Any) -> dict[str, Any]:
-        """The whole reply at once: the object of `POST /chat`. Raises `StreamError`."""
+        """Return the complete reply: the object of `POST /chat`. Raises `StreamError`."""
         body = {"query" if isinstance(messages, str) else "messages": messages, **params}
         with self._ask("POST", "/chat", body) as response:
             result: dict[str, Any] = response.json()
             return result
 
     def stop(self, request_id: str) -> dict[str, Any]:
-        """End a request, and get what it has given so far. Raises `StreamError`.
+        """Abort a request, and return its text so far. Raises `StreamError`.
 
-        request_id: what `stream` was given as one, or the id in its first event.
+        request_id: the id that `stream` got, or the id in the first event.
         """
         path = f"/stop/{request_id}"
         with self._ask("POST", path, {}, read_timeout=ANSWER_SECONDS) as response:
@@ -169,11 +168,11 @@ class StreamClient:
             return result
 
     def about(self) -> dict[str, Any]:
-        """The model, its context, defaults and bounds: `GET /`. Raises `StreamError`."""
+        """Return the model, its context, defaults and bounds: `GET /`. Raises `StreamError`."""
         with self._ask("GET", "/", read_timeout=ANSWER_SECONDS) as response:
             about = _json_of(response)
         if "model" not in about:
-            raise StreamError(f"what answers at {self.url} is not this service")
+            raise StreamError(f"the server at {self.url} is not this service; check the address")
         return about
 
     def _ask(
@@ -197,7 +196,7 @@ class StreamClient:
                 timeout=(CONNECT_SECONDS, self._read_timeout or read_timeout),
             )
         except requests.ConnectionError as error:
-            raise StreamError(f"the service at {self.url} cannot be reached") from error
+            raise StreamError(f"cannot reach the service at {self.url}; is it running?") from error
         except requests.RequestException as error:
             raise StreamError(f"the request to {self.url} failed: {error}") from error
         if not response.ok:

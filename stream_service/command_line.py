@@ -1,4 +1,4 @@
-"""The flags of the service's command: groups, help texts, checks."""
+"""The command-line flags of the service: groups, help texts and checks."""
 
 import argparse
 import json
@@ -15,11 +15,11 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line. `settings` holds the options of the HTTP layer."""
+    """Parse the command line, and add `settings` (of the HTTP layer) and `is_loopback`."""
     parser = make_parser()
     args = parser.parse_args(arguments)
     if args.device and args.device_map:
-        parser.error("--device and --device-map exclude each other; give one")
+        parser.error("--device and --device-map cannot be combined; use one of them")
     args.is_loopback = is_loopback(args.host)
     try:
         args.settings = _settings(args)
@@ -29,10 +29,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags, in groups.
-
-    Each help text ends with its default; docs/command-line.md is generated from these texts.
-    """
+    """Create the parser. Each help text ends with its default, for `docs/generate.py`."""
     parser = argparse.ArgumentParser(
         description="Serve a language model over HTTP and stream each reply token by token."
     )
@@ -110,9 +107,9 @@ def _add_computation(add: Add) -> None:
         "--quantize",
         choices=["auto", "none", "int8", "int4"],
         default="auto",
-        help="number of bits per weight. auto keeps the weights as the checkpoint has them. int8 "
-        "and int4 pack the weights of Llama, Mistral, Qwen2 and Qwen3 models, and reject other "
-        "architectures. On a CPU, packed weights stay in the cache (default: %(default)s)",
+        help="number of bits per weight. int8 and int4 pack the weights of Llama, Mistral, Qwen2 "
+        "and Qwen3 models, and reject other architectures. auto packs weights only if the file "
+        "has packed weights. For a CPU, packed weights are cached (default: %(default)s)",
     )
     add(
         "--reproducible",
@@ -125,7 +122,7 @@ def _add_computation(add: Add) -> None:
         "--threads",
         type=_positive,
         metavar="N",
-        help="number of threads that compute (default: OMP_NUM_THREADS, or the number of physical "
+        help="number of computing threads (default: OMP_NUM_THREADS, or the number of physical "
         "cores that the process may use)",
     )
 
@@ -136,7 +133,7 @@ def _add_network(add: Add) -> None:
         "--host",
         default="127.0.0.1",
         help="address to listen on. Read docs/deployment.md before you choose an address that "
-        "others can reach (default: %(default)s)",
+        "other machines can reach (default: %(default)s)",
     )
     add("-P", "--port", type=_port, default=8800, help="port to listen on (default: %(default)s)")
     add("--app", action="store_true", help="also start the chat page (default: off)")
@@ -187,22 +184,22 @@ def _add_limits(add: Add) -> None:
         "--max-concurrent",
         type=_positive,
         metavar="N",
-        help="number of requests that run at the same time (default: as many as the memory "
-        "holds, at most 32)",
+        help="maximum number of requests that run at the same time (default: as many as the "
+        "memory holds, at most 32)",
     )
     add(
         "--max-context",
         type=_positive,
         metavar="TOKENS",
-        help="length of prompt and reply together (default: the limit of the model, or less if "
-        "the memory does not hold that)",
+        help="maximum length of prompt and reply together (default: the limit of the model, or "
+        "less if the memory is too small for that)",
     )
     add(
         "--max-queue",
         type=_positive,
         default=32,
         metavar="N",
-        help="number of requests that wait; the next request gets status 429 "
+        help="maximum number of waiting requests; further requests get status 429 "
         "(default: %(default)s)",
     )
     add(
@@ -210,13 +207,13 @@ def _add_limits(add: Add) -> None:
         type=_positive,
         default=MAX_BODY_BYTES,
         metavar="BYTES",
-        help="size of a request body; a larger body gets status 413 (default: %(default)s)",
+        help="maximum size of a request body; a larger body gets status 413 (default: %(default)s)",
     )
     add(
         "--max-time",
         type=_seconds,
         metavar="SECONDS",
-        help="time for each request; then its reply ends with finish reason length "
+        help="maximum time for a request; its reply then ends with the finish reason length "
         "(default: no limit)",
     )
     add(
@@ -236,16 +233,16 @@ def _settings(args: argparse.Namespace) -> ServiceSettings:
     keys = [*args.api_key]
     if (from_environment := os.environ.get("LLAMA3_API_KEY")) is not None:
         if not from_environment.strip():
-            raise ValueError("LLAMA3_API_KEY is set but empty; give it a key, or unset it")
+            raise ValueError("LLAMA3_API_KEY is empty; set it to a key, or unset it")
         keys.append(from_environment)
     if args.api_key_file is not None:
         in_file = args.api_key_file.read_text().split()
         if not in_file:
-            raise ValueError(f"there is no key in {args.api_key_file}")
+            raise ValueError(f"{args.api_key_file} contains no key; write one key per line")
         keys += in_file
     hosts = {name.lower() for name in args.allow_host}
     if hosts or args.is_loopback:
-        hosts |= LOOPBACK_NAMES  # the page, and those who watch over it from this machine
+        hosts |= LOOPBACK_NAMES  # for the page, and for monitoring on this machine
     if args.is_loopback:
         hosts.add(args.host)
     return ServiceSettings(
@@ -259,7 +256,7 @@ def _settings(args: argparse.Namespace) -> ServiceSettings:
 def _port(text: str) -> int:
     value = int(text) if text.isdecimal() else -1
     if not 0 <= value <= 65535:
-        raise argparse.ArgumentTypeError(f"{text} is not a port; use 0 to 65535")
+        raise argparse.ArgumentTypeError(f"{text} is not a port; use a number from 0 to 65535")
     return value
 
 
@@ -270,13 +267,13 @@ def _device_map(text: str) -> str | dict[str, str | int]:
         devices = json.loads(Path(text).read_text())
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(
-            f"{text} is none of {', '.join(DEVICE_MAPS)}, and no JSON file ({error})"
+            f"{text} is neither {', '.join(DEVICE_MAPS)} nor a readable JSON file ({error})"
         ) from error
     if not isinstance(devices, dict) or not all(
         isinstance(device, (str, int)) for device in devices.values()
     ):
         raise argparse.ArgumentTypeError(
-            f'{text} must hold an object such as {{"model": "cuda:0"}}'
+            f'{text} must contain a JSON object such as {{"model": "cuda:0"}}'
         )
     return devices
 
@@ -284,7 +281,7 @@ def _device_map(text: str) -> str | dict[str, str | int]:
 def _positive(text: str) -> int:
     value = int(text) if text.isdecimal() else 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer; use 1 or more")
     return value
 
 
@@ -294,5 +291,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds")
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds; use 0 to 1000000")
     return value

@@ -1,4 +1,4 @@
-"""Who has left? One thread asks for all the open streams."""
+"""Notices clients that have disconnected."""
 
 import logging
 import threading
@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
-INTERVAL_SECONDS = 0.05
+INTERVAL_SECONDS = 0.05  # between two checks of all clients
 
 
 class DisconnectWatcher:
-    """Calls back, once, when a client has gone away.
+    """Calls a function once when a client has disconnected.
 
-    A WSGI server learns of a disconnect only when it writes, and a waiting stream writes nothing;
-    waitress answers when asked. One thread asks for all: as many threads as streams, each polling,
-    would take the interpreter from the thread that computes. It sleeps while there is nobody.
+    A WSGI server notices a disconnect only when it writes, and a waiting stream writes nothing.
+    waitress can be asked instead. One thread asks for all clients, because one thread per client
+    would slow the computing thread down. While no client is watched, the thread sleeps.
     """
 
     def __init__(self, interval: float = INTERVAL_SECONDS):
@@ -24,7 +24,7 @@ class DisconnectWatcher:
         self._thread: threading.Thread | None = None
 
     def watch(self, gone: Callable[[], bool], then: Callable[[], None]) -> Callable[[], None]:
-        """Call `then` as soon as `gone` answers True; returns a function that stops watching."""
+        """Call `then` once when `gone` returns True. Returns a function that stops watching."""
         key = object()
         with self._changed:
             self._watched[key] = (gone, then)
@@ -53,9 +53,9 @@ class DisconnectWatcher:
 
 
 def _left(gone: Callable[[], bool]) -> bool:
-    """A connection that cannot be asked is taken for gone: the others must still be watched."""
+    """Call `gone`. An exception counts as a disconnect: the thread must watch the other clients."""
     try:
         return gone()
     except Exception:
-        logger.exception("could not ask whether a client is still there")
+        logger.exception("cannot tell whether a client is still connected; aborting its request")
         return True

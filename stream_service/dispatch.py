@@ -1,4 +1,4 @@
-"""Requests on their way: counted before any work, found by their id, aborted when nobody reads."""
+"""Counts open requests, finds them by id, and aborts them."""
 
 import math
 import threading
@@ -10,17 +10,17 @@ from stream_generator.errors import DuplicateRequest, EngineClosed, QueueFull
 from stream_generator.sampling_params import SamplingParams
 from stream_service.disconnect import DisconnectWatcher
 
-MOST_RETRY_SECONDS = 60
+MAX_RETRY_SECONDS = 60
 SMOOTHING = 0.2  # weight of the newest request's time
 
 
 class Admission:
-    """One request's place, from before any work is done for it until its answer is closed."""
+    """An open request, from before its body is read until its answer is closed."""
 
     def __init__(self, dispatcher: "Dispatcher", request_id: str, gone: Callable[[], bool] | None):
         self.id = request_id
         self.streams: list[TokenStream] = []
-        self.n = 1  # streams for each prompt
+        self.n = 1  # replies to each prompt
         self._dispatcher = dispatcher
         self._gone = gone
         self._unwatch: Callable[[], None] | None = None
@@ -29,23 +29,23 @@ class Admission:
     def submit(
         self, prompts: Iterable[Iterable[int]], params: SamplingParams, n: int = 1
     ) -> list[TokenStream]:
-        """`Engine.submit_several`, aborted when the client goes away, or by `abort`."""
+        """Call `Engine.submit_several`, and abort the streams if the client disconnects."""
         self.n = n
         self.streams = self._dispatcher.engine.submit_several(prompts, params, n, self.id)
         if self._gone is not None:
             self._unwatch = self._dispatcher.watcher.watch(self._gone, self.abort)
-        if self._aborted:  # in between
+        if self._aborted:  # before there were streams
             self.abort()
         return self.streams
 
     def abort(self) -> None:
-        """Abort what is computed for it. From any thread."""
+        """Abort all streams of the request. Any thread may call this."""
         self._aborted = True
         for stream in self.streams:
             stream.close()
 
     def release(self) -> None:
-        """The answer is closed, complete or not. More than once is fine."""
+        """Forget the request, and abort its unfinished streams. Further calls do nothing."""
         if self._unwatch is not None:
             self._unwatch()
         self.abort()
@@ -53,7 +53,7 @@ class Admission:
 
 
 class Dispatcher:
-    """All the requests that the service has taken in."""
+    """The open requests of the service."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -61,28 +61,28 @@ class Dispatcher:
         self.limit = engine.intake.requests
         self._lock = threading.Lock()
         self._admitted: dict[str, Admission] = {}
-        self._seconds: float | None = None  # that a request runs, lately
+        self._seconds: float | None = None  # smoothed time of a reply
 
     def admit(self, request_id: str, gone: Callable[[], bool] | None) -> Admission:
-        """A place for a request, before its body is looked at.
+        """Open a request before its body is read.
 
-        gone: tells whether its client has left. Raises `QueueFull`, `EngineClosed` or
-        `DuplicateRequest`.
+        gone: tells whether the client has disconnected; None if the server cannot know.
+        Raises `QueueFull`, `EngineClosed` or `DuplicateRequest`.
         """
         if not self.engine.life.is_accepting:
-            raise EngineClosed("the service takes no requests at the moment; try again later")
+            raise EngineClosed("the service accepts no requests now; try again later")
         with self._lock:
             if request_id in self._admitted:
                 raise DuplicateRequest(f"a request with the id {request_id} is still running")
             if len(self._admitted) >= self.limit:
-                raise QueueFull(f"{self.limit} requests are open already; try again in a while")
+                raise QueueFull(f"{self.limit} requests are open, the maximum; try again later")
             admission = self._admitted[request_id] = Admission(self, request_id, gone)
         return admission
 
     def abort(self, request_id: str) -> Admission | None:
-        """Abort a request, and return it once its streams have finished, or a minute has passed.
+        """Abort a request, and wait up to a minute until all its streams have finished.
 
-        None: there is no such request.
+        Returns None if no open request has this id.
         """
         with self._lock:
             admission = self._admitted.get(request_id)
@@ -93,6 +93,7 @@ class Dispatcher:
         return admission
 
     def forget(self, admission: Admission) -> None:
+        """Remove an open request, and record how long its replies took."""
         with self._lock:
             if self._admitted.get(admission.id) is not admission:
                 return
@@ -104,6 +105,6 @@ class Dispatcher:
                     self._seconds = old + SMOOTHING * (seconds - old)
 
     def retry_after(self) -> int:
-        """Seconds until a place is likely to be free: requests' time, over how many run at once."""
+        """Estimate the seconds until a slot is free: time per reply / number of running replies."""
         seconds = (self._seconds or 1.0) / max(self.engine.running, 1)
-        return min(max(math.ceil(seconds), 1), MOST_RETRY_SECONDS)
+        return min(max(math.ceil(seconds), 1), MAX_RETRY_SECONDS)

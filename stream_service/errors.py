@@ -1,4 +1,4 @@
-"""Exceptions to status codes and to the one error body of the service."""
+"""The status codes and error bodies of exceptions."""
 
 import json
 from typing import Any
@@ -16,12 +16,12 @@ from stream_generator.errors import (
 
 
 class ModelNotFound(InvalidRequest):
-    """The request names a model that is not served here."""
+    """The request names a model that this service does not serve."""
 
 
-MAX_MESSAGE, MAX_PARAM = 1000, 200  # bytes as JSON, so that a body stays under 2 KB
+MAX_MESSAGE, MAX_PARAM = 1000, 200  # bytes of JSON, so that an error body stays under 2 KB
 
-# status, type, code; looked up along the exception's base classes
+# Status, type and code of each exception class, or of its nearest listed base class.
 _ANSWERS: dict[type[BaseException], tuple[int, str, str]] = {
     ModelNotFound: (404, "invalid_request_error", "model_not_found"),
     PromptTooLong: (400, "invalid_request_error", "context_length_exceeded"),
@@ -48,7 +48,7 @@ _HTTP_CODES = {
 
 
 def answer(error: StreamGeneratorError, request_id: str) -> tuple[dict[str, Any], int]:
-    """The error body and status code for an exception of the project's own."""
+    """Return the error body and status code of an exception of this project."""
     kind = next(base for base in type(error).__mro__ if base in _ANSWERS)
     status, type_, code = _ANSWERS[kind]
     param = getattr(error, "param", None)
@@ -56,7 +56,7 @@ def answer(error: StreamGeneratorError, request_id: str) -> tuple[dict[str, Any]
 
 
 def http_answer(status: int, message: str, request_id: str) -> tuple[dict[str, Any], int]:
-    """The error body for a status that HTTP itself, not the engine, gave rise to."""
+    """Return the error body and status code of any other error."""
     type_ = "server_error" if status >= 500 else _HTTP_TYPES.get(status, "invalid_request_error")
     code = _HTTP_CODES.get(status, "internal_error" if status >= 500 else "invalid_request")
     return error_body(message, type_, None, code, request_id), status
@@ -65,7 +65,7 @@ def http_answer(status: int, message: str, request_id: str) -> tuple[dict[str, A
 def error_body(
     message: str, type_: str, param: str | None, code: str, request_id: str
 ) -> dict[str, Any]:
-    """`{"error": {...}}`, the shape of every error on every route and in every stream."""
+    """Return `{"error": {...}}`, the form of every error on every route and in every stream."""
     return {
         "error": {
             "message": _shortened(message, MAX_MESSAGE),
@@ -78,7 +78,7 @@ def error_body(
 
 
 def _shortened(text: str, limit: int) -> str:
-    """`text`, cut so that it takes at most `limit` bytes of JSON, where one character takes 12."""
+    """Cut `text` to at most `limit` bytes of JSON, in which one character may take 12 bytes."""
     if len(json.dumps(text)) - 2 <= limit:
         return text
     end = limit - 3

@@ -1,4 +1,4 @@
-"""What the routes have in common: the request's place and body, and an answer that streams."""
+"""What all routes share: admission, the body, and the streamed answer."""
 
 from collections.abc import Iterator
 
@@ -11,22 +11,22 @@ from stream_service.wire import Form
 
 
 def dispatcher() -> Dispatcher:
-    """The application's own."""
+    """Return the dispatcher of the current application."""
     found: Dispatcher = current_app.extensions["dispatcher"]
     return found
 
 
 def admit() -> Admission:
-    """A place for this request: taken before its body is read, released when its answer closes."""
+    """Admit the current request before its body is read. It stays open until its answer closes."""
     gone = request.environ.get("waitress.client_disconnected")
     g.admission = admission = dispatcher().admit(g.request_id, gone)
     return admission
 
 
 def read_body(model: type[Body]) -> Body:
-    """The request's body. Raises `InvalidRequest`, or the HTTP error for its type or size."""
+    """Read the request's body. Raises `InvalidRequest`, or the HTTP error for its type or size."""
     if request.mimetype != "application/json":
-        raise UnsupportedMediaType("send the body as JSON with Content-Type: application/json")
+        raise UnsupportedMediaType("send the body as JSON, with Content-Type: application/json")
     try:
         data = request.get_data()
     except RequestEntityTooLarge:
@@ -38,5 +38,5 @@ def read_body(model: type[Body]) -> Body:
 
 
 def streamed(chunks: Iterator[bytes], form: Form) -> Response:
-    """An answer that is sent chunk by chunk."""
+    """Create an answer that is sent chunk by chunk."""
     return Response(chunks, content_type=f"{form.content_type}; charset=utf-8")

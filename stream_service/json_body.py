@@ -1,4 +1,4 @@
-"""Bytes to a validated body: strict JSON, and errors that name the field and the remedy."""
+"""Parses request bodies: strict JSON, and errors that name the field and the remedy."""
 
 import difflib
 import functools
@@ -12,12 +12,12 @@ from stream_generator.errors import InvalidRequest
 
 Body = TypeVar("Body", bound=BaseModel)
 
-LONGEST_NAME = 60  # of a field, in an error
+MAX_NAME = 60  # characters of a field's name in an error
 
-# How pydantic names the branch of a union: "str", "constrained-str", "list[...]", "TextPart".
+# pydantic's names for the branches of a union: "str", "constrained-str", "list[...]", "TextPart".
 _BRANCH = re.compile(r"^(str|int|[A-Z]\w*)$|[-\[]")
 
-# What OpenAI's protocol or other services know and this one does not do: refused by name.
+# Fields of OpenAI's protocol or of other services that this service rejects by name.
 NOT_SUPPORTED = frozenset((
     "audio", "best_of", "echo", "function_call", "functions", "guided_json", "guided_regex",
     "metadata", "modalities", "parallel_tool_calls", "prediction", "prompt_cache_key",
@@ -27,72 +27,72 @@ NOT_SUPPORTED = frozenset((
 
 
 def parse_body(body: bytes, model: type[Body]) -> Body:
-    """The `model` that a JSON body holds. Raises `InvalidRequest`, which names the field."""
+    """Parse a JSON body into a `model`. Raises `InvalidRequest`, which names the field."""
     data = _parse_json(body)
     if not isinstance(data, dict):
         raise InvalidRequest('the body must be a JSON object, such as {"query": "Hello"}')
     if getattr(model, "null_is_absent", False):
         data = _without_nulls(data)
-    for key in data:  # before pydantic, which cannot name a key that is not valid Unicode
+    for key in data:  # here, because pydantic cannot name a key that is not valid Unicode
         if key not in model.model_fields:
-            raise _unknown(key, key, model)
+            raise _unknown_field(key, key, model)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise _explained(error, model) from None
+        raise _invalid_request(error, model) from None
 
 
 def _parse_json(body: bytes) -> Any:
-    """Strict JSON in UTF-8: what Python's parser lets through beyond it is refused."""
+    """Parse strict JSON in UTF-8. Rejects the extensions of JSON that Python's parser accepts."""
     try:
         return json.loads(
             body.decode("utf-8"),
-            parse_constant=_refuse_constant,
-            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_reject_constant,
+            object_pairs_hook=_reject_duplicates,
         )
     except UnicodeDecodeError:
-        raise InvalidRequest("the body must be JSON in UTF-8") from None
+        raise InvalidRequest("the body is not valid UTF-8; send JSON in UTF-8") from None
     except RecursionError:
-        raise InvalidRequest("the body is nested too deeply") from None
+        raise InvalidRequest("the body is nested too deeply; use fewer levels") from None
     except json.JSONDecodeError as error:
         raise InvalidRequest(
             f"the body is not valid JSON: {error.msg} at character {error.pos}"
         ) from None
     except ValueError:  # an integer of thousands of digits
-        raise InvalidRequest("the body holds a number that is too long") from None
+        raise InvalidRequest("a number in the body is too long; use fewer digits") from None
 
 
 def _without_nulls(value: Any) -> Any:
-    """`value` without the keys whose value is null, however deep."""
+    """Return `value` without the keys whose value is null, at any depth."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _refuse_constant(name: str) -> Any:
+def _reject_constant(name: str) -> Any:
     raise InvalidRequest(f"{name} is not valid JSON; use a finite number")
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise InvalidRequest(f"{_shown(key)} is given twice; give it once", param=key)
+            raise InvalidRequest(f"the field {_shown(key)} is given twice; give it once", param=key)
         result[key] = value
     return result
 
 
-def _explained(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
-    """pydantic's first complaint, as a sentence that names the field and the remedy."""
+def _invalid_request(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
+    """Turn pydantic's first error into a sentence that names the field and the remedy."""
     errors = error.errors(include_url=False, include_input=False, include_context=False)
-    # Each branch of a union complains: the one that got furthest is the one that was meant.
+    # Each branch of a union has errors. The deepest error is in the branch that the client meant.
     of_first = [e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
     first = max(of_first, key=lambda e: [len(e["loc"]), *(p for p in e["loc"] if type(p) is int)])
-    # Locations inside a union also name its branch; a person knows only keys and indices.
+    # Remove the branches of unions from the location: the client knows only keys and indices.
     path = [str(p) for p in first["loc"] if isinstance(p, int) or not _BRANCH.search(p)]
     param = ".".join(path) or None
     if first["type"] == "extra_forbidden":
-        return _unknown(str(first["loc"][-1]), param, model)
+        return _unknown_field(str(first["loc"][-1]), param, model)
     message = first["msg"].removeprefix("Value error, ")
     message = message.replace("Tuple should", "a list should").replace(" after validation", "")
     if first["type"] == "value_error":
@@ -100,11 +100,11 @@ def _explained(error: ValidationError, model: type[BaseModel]) -> InvalidRequest
     return InvalidRequest(f"{param or 'body'}: {message}", param=param)
 
 
-def _unknown(name: str, param: str | None, model: type[BaseModel]) -> InvalidRequest:
+def _unknown_field(name: str, param: str | None, model: type[BaseModel]) -> InvalidRequest:
     if name in NOT_SUPPORTED:
-        return InvalidRequest(f"{name} is not supported here; leave it out", param=param)
+        return InvalidRequest(f"the field {name} is not supported; leave it out", param=param)
     known: list[str] = []
-    if len(name) <= LONGEST_NAME:
+    if len(name) <= MAX_NAME:
         names = model.model_fields if name == param else _nested_names(model)
         known = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {known[0]}?" if known else ""
@@ -113,16 +113,16 @@ def _unknown(name: str, param: str | None, model: type[BaseModel]) -> InvalidReq
 
 @functools.cache
 def _nested_names(model: type[BaseModel]) -> frozenset[str]:
-    """The fields of all that a body holds: messages, their parts, options."""
+    """Collect the fields of the objects in a body: messages, their parts, options."""
     inner = model.model_json_schema().get("$defs", {}).values()
     return frozenset(name for schema in inner for name in schema.get("properties", ()))
 
 
 def _named_first(message: str, model: type[BaseModel]) -> str | None:
-    """The field that a complaint about several fields begins with."""
+    """Return the field with which an error about several fields begins."""
     word = message.partition(" ")[0]
     return word if word in model.model_fields else None
 
 
 def _shown(name: str) -> str:
-    return json.dumps(name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "...")
+    return json.dumps(name if len(name) <= MAX_NAME else name[:MAX_NAME] + "...")

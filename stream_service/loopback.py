@@ -1,4 +1,4 @@
-"""Addresses of this machine, which no proxy can reach."""
+"""Loopback addresses, which no proxy can reach."""
 
 import ipaddress
 import os
@@ -8,7 +8,7 @@ NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host, without its port, is this machine: localhost, 127.0.0.0/8 or ::1."""
+    """Tell whether a host without a port is localhost, a subdomain of it, 127.0.0.0/8 or ::1."""
     host = host.strip("[]").lower()
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -19,7 +19,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_loopback_url(url: str) -> bool:
-    """Whether the host of a URL is this machine; a malformed URL has none."""
+    """Tell whether the host of a URL is a loopback address. A malformed URL has no host."""
     try:
         return is_loopback(urlsplit(url).hostname or "")
     except ValueError:
@@ -27,15 +27,15 @@ def is_loopback_url(url: str) -> bool:
 
 
 def bypass_proxies(*hosts: str) -> None:
-    """Let no library of this process ask a proxy for loopback addresses, nor for these hosts.
+    """Prevent all libraries of this process from using a proxy for `hosts` and loopback addresses.
 
-    Libraries read HTTP_PROXY and NO_PROXY from the environment; both spellings are extended.
+    Some libraries read NO_PROXY from the environment and some read no_proxy, so this extends both.
     """
     names = ("no_proxy", "NO_PROXY")
     known = [host.strip() for name in names for host in os.environ.get(name, "").split(",")]
     known = [host for host in known if host]
     added = [host.strip("[]") for host in (*NAMES, *hosts)]
-    # "*" excepts every host, but only where it stands alone.
+    # "*" excepts every host, but only as the whole value.
     excepted = "*" if "*" in known else ",".join(dict.fromkeys([*known, *added]))
     for name in names:
         os.environ[name] = excepted

@@ -1,6 +1,6 @@
-"""What happened to each request: a line in the log, and figures for Prometheus.
+"""Records each request: a log line, and figures for Prometheus.
 
-Never a prompt, a reply or a key.
+Log lines and figures never contain a prompt, a reply or a key.
 """
 
 import logging
@@ -20,51 +20,51 @@ GAP_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.
 
 
 class Metrics:
-    """The figures of one service, in a registry of its own."""
+    """The figures of one service, in their own registry."""
 
     def __init__(self, engine: Engine):
         self.registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "llm_requests", "Requests answered.", ["route", "status"], registry=registry
+            "llm_requests", "Answered requests.", ["route", "status"], registry=registry
         )
         self._finished = Counter(
-            "llm_replies", "Replies that ended, by why.", ["finish_reason"], registry=registry
+            "llm_replies", "Replies, by finish reason.", ["finish_reason"], registry=registry
         )
         self._prompt_tokens = Counter(
-            "llm_prompt_tokens", "Tokens of the prompts that were begun.", registry=registry
+            "llm_prompt_tokens", "Prompt tokens of requests that got a slot.", registry=registry
         )
         self._cached_tokens = Counter(
-            "llm_prefix_cached_tokens", "Those of them that were computed already.",
+            "llm_prefix_cached_tokens", "Prompt tokens taken from the prefix cache.",
             registry=registry,
         )  # fmt: skip
         self._prefix_hits = Counter(
-            "llm_prefix_hits", "Prompts of which some was computed already.", registry=registry
+            "llm_prefix_hits", "Prompts that began in the prefix cache.", registry=registry
         )
-        self._reply_tokens = Counter("llm_reply_tokens", "Tokens of replies.", registry=registry)
+        self._reply_tokens = Counter("llm_reply_tokens", "Reply tokens.", registry=registry)
         self._first = Histogram(
-            "llm_time_to_first_token_seconds", "From the request to its first token.",
+            "llm_time_to_first_token_seconds", "Time from a request to its first token.",
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self._gap = Histogram(
-            "llm_time_per_token_seconds", "The mean gap between a reply's tokens.",
+            "llm_time_per_token_seconds", "Mean time between the tokens of a reply.",
             buckets=GAP_SECONDS, registry=registry,
         )  # fmt: skip
         self._queue = Histogram(
-            "llm_queue_seconds", "From the request until it had a slot.",
+            "llm_queue_seconds", "Time that a request waited for a slot.",
             buckets=SECONDS, registry=registry,
         )  # fmt: skip
         for name, text, value in (
             ("llm_requests_running", "Requests that have a slot.", lambda: engine.running),
-            ("llm_requests_waiting", "Requests that wait for one.", lambda: engine.waiting),
-            ("llm_engine_healthy", "1 while the engine is well.", lambda: engine.life.is_healthy),
+            ("llm_requests_waiting", "Requests that wait for a slot.", lambda: engine.waiting),
+            ("llm_engine_healthy", "1 if the engine is healthy.", lambda: engine.life.is_healthy),
         ):
             Gauge(name, text, registry=registry).set_function(value)
 
     def exposition(self) -> bytes:
-        """The figures in Prometheus' text format."""
+        """Return the figures in Prometheus' text format."""
         return generate_latest(self.registry)
 
-    def answered(
+    def record(
         self,
         request_id: str,
         route: str,
@@ -73,7 +73,7 @@ class Metrics:
         requests: list[Request],
         n: int,
     ) -> None:
-        """An answer is closed. began: by time.monotonic(). requests: `n` for each prompt."""
+        """Record a closed answer. began: by time.monotonic(). requests: `n` for each prompt."""
         self._requests.labels(route, str(status)).inc()
         for request in requests:
             self._count(request)

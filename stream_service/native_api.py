@@ -1,4 +1,4 @@
-"""The native routes."""
+"""The routes of the service's own protocol: `/stream`, `/chat`, `/stop` and the rest."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -26,7 +26,7 @@ routes = Blueprint("native", __name__)
 
 @routes.get("/")
 def index() -> Response:
-    """The model, its context, its defaults and the bounds of each parameter."""
+    """Describe the service: the model, its context, default parameters and their bounds."""
     engine, speed = dispatcher().engine, current_app.config["TOKENS_PER_SECOND"]
     checkpoint = engine.checkpoint
     return jsonify(
@@ -48,32 +48,32 @@ def index() -> Response:
 
 @routes.get("/health")
 def health() -> tuple[Response, int]:
-    """Whether the process lives."""
+    """Status 503 if the engine has failed or hangs, else 200."""
     life = dispatcher().engine.life
     return (jsonify(status="ok"), 200) if life.is_healthy else (jsonify(status="failed"), 503)
 
 
 @routes.get("/ready")
 def ready() -> tuple[Response, int]:
-    """Whether a request that is sent now will be served."""
+    """Status 200 if the service will serve a request that is sent now, else 503."""
     life = dispatcher().engine.life
     if life.is_accepting:
         return jsonify(status="ready"), 200
-    message = "shutting down" if life.is_healthy else "the engine has failed, or hangs"
+    message = "the service is shutting down" if life.is_healthy else "the engine failed or hangs"
     body, status = http_answer(503, message, g.request_id)
     return jsonify(body), status
 
 
 @routes.get("/openapi.json")
 def description() -> Response:
-    """This protocol, for programs."""
+    """The OpenAPI document of all routes."""
     return jsonify(openapi.document(current_app, __version__))
 
 
 @routes.get("/docs")
 @describes(answers=("text/html",))
 def documentation() -> Response:
-    """This protocol, for people."""
+    """A page that documents all routes."""
     response = Response(
         openapi.page(current_app, __version__), content_type="text/html; charset=utf-8"
     )
@@ -84,24 +84,24 @@ def documentation() -> Response:
 @routes.get("/metrics")
 @describes(answers=("text/plain",))
 def prometheus() -> Response:
-    """Figures for Prometheus."""
+    """Figures for Prometheus, in its text format."""
     metrics: Metrics = current_app.extensions["metrics"]
     return Response(metrics.exposition(), content_type="text/plain; version=0.0.4")
 
 
 @routes.post("/clear")
 def clear() -> Response:
-    """Forget computed prefixes, and give cached device memory back."""
+    """Drop all cached prefixes, and release cached device memory."""
     dispatcher().engine.clear()
     return jsonify(success=True)
 
 
 @routes.post("/stop/<request_id>")
 def stop(request_id: str) -> Response:
-    """End a request, queued or running; tells what it has given so far."""
+    """Abort a waiting or running request, and return its text so far."""
     admission = dispatcher().abort(request_id)
     if admission is None:
-        raise NotFound("no request with this id is open; it may have ended already")
+        raise NotFound(f"no request with the id {request_id} is open; it may have finished")
     replies = [stream.request for stream in admission.streams]
     return jsonify(
         id=request_id,
@@ -115,7 +115,7 @@ def stop(request_id: str) -> Response:
 @routes.post("/stream")
 @describes(body=StreamRequest, answers=tuple(wire.FORMS))
 def stream() -> Response:
-    """The reply, token by token, as plain text, NDJSON or server-sent events (see Accept)."""
+    """Stream the reply token by token, as plain text, NDJSON or server-sent events (see Accept)."""
     checkpoint = dispatcher().engine.checkpoint
     form = _accepted_form()
     admission = admit()
@@ -124,7 +124,7 @@ def stream() -> Response:
     tokens = admission.submit([prompt.ids], body.sampling())[0]
     events = wire.events(tokens, checkpoint, prompt, body.history_after)
     if form is wire.TEXT:
-        # No event can tell a failure here, so the status waits for the first token.
+        # Plain text has no error event, so the status waits for the first token.
         events = _from_first_token(events, tokens)
     return streamed(_encoded(events, form), form)
 
@@ -132,7 +132,7 @@ def stream() -> Response:
 @routes.post("/chat")
 @describes(body=StreamRequest)
 def chat() -> Response:
-    """The reply in one object, when it is complete."""
+    """Return the complete reply as one object."""
     checkpoint = dispatcher().engine.checkpoint
     admission = admit()
     body = read_body(StreamRequest)
@@ -143,13 +143,13 @@ def chat() -> Response:
 
 
 def _defaults(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a request that names no sampling parameter gets."""
+    """Return the sampling parameters of a request that names none."""
     filled = SamplingParams().resolved(checkpoint.defaults, room=checkpoint.context_length, seed=0)
     return filled.model_dump(exclude_none=True, exclude={"seed"})
 
 
 def _accepted_form() -> wire.Form:
-    """The form of the answer that the client asked for; plain text where it has no wish."""
+    """Return the form that the Accept header selects; plain text without this header."""
     wanted = request.accept_mimetypes
     best = wanted.best_match(list(wire.FORMS)) if wanted else wire.TEXT.content_type
     if best is None:
@@ -166,7 +166,7 @@ def _prompt(checkpoint: Checkpoint, body: StreamRequest) -> Prompt:
 def _from_first_token(
     events: Iterator[wire.Event | None], tokens: TokenStream
 ) -> Iterator[wire.Event | None]:
-    """Wait until there is a token, or the reason why there is none, which is raised."""
+    """Wait for the first token, and return the events from there. Raises if the request fails."""
     for event in events:
         if event is None:
             continue
@@ -179,7 +179,7 @@ def _from_first_token(
 
 
 def _encoded(events: Iterator[wire.Event | None], form: wire.Form) -> Iterator[bytes]:
-    """Nothing is gathered: what an event gives is sent before the next one is looked at."""
+    """Encode each event before the next one is read, so that nothing is buffered."""
     for event in events:
         data: Any = form.heartbeat if event is None else form.encode(event)
         if data:

@@ -1,4 +1,4 @@
-"""`/v1`: OpenAI's protocol, for the clients that people already have.
+"""The routes under `/v1`: OpenAI's protocol, for existing clients.
 
 Source: https://platform.openai.com/docs/api-reference (chat, completions, models).
 """
@@ -21,40 +21,40 @@ from stream_service.wire import HEARTBEAT_SECONDS, SSE, json_line, usage
 
 
 class AnswerFormat(Protocol):
-    """How one of the two routes writes a reply."""
+    """Writes replies for one of the two routes."""
 
     id_prefix: str
     object: str
     chunk_object: str
 
     def piece(self, index: int, output: TokenOutput, is_first: bool) -> dict[str, Any]:
-        """The choice of a chunk."""
+        """Return the choice of a chunk."""
 
     def whole(self, index: int, reply: Request, outputs: list[TokenOutput]) -> dict[str, Any]:
-        """The choice of a complete answer."""
+        """Return the choice of a complete answer."""
 
 
 def create_blueprint(checkpoint: Checkpoint) -> Blueprint:
-    """The routes of `/v1`, for one model."""
+    """Create the routes under `/v1` for one model."""
     v1 = Blueprint("openai", __name__, url_prefix="/v1")
     started = int(time.time())
     model = {"id": checkpoint.name, "object": "model", "created": started, "owned_by": "local"}
 
     @v1.get("/models")
     def models() -> Response:
-        """The model that is served, in a list of one."""
+        """List the served model."""
         return jsonify(object="list", data=[model])
 
     @v1.get("/models/<path:name>")
     def one_model(name: str) -> Response:
-        """The model that is served, by its name."""
+        """Describe the served model."""
         _check_model(name, checkpoint)
         return jsonify(model)
 
     @v1.post("/chat/completions")
     @describes(body=ChatCompletionRequest, answers=("application/json", "text/event-stream"))
     def chat_completions() -> Response:
-        """The reply to a conversation, as OpenAI's clients ask for it."""
+        """Reply to a conversation, in OpenAI's protocol."""
         admission = admit()
         body = read_body(ChatCompletionRequest)
         _check_model(body.model, checkpoint)
@@ -65,7 +65,7 @@ def create_blueprint(checkpoint: Checkpoint) -> Blueprint:
     @v1.post("/completions")
     @describes(body=CompletionRequest, answers=("application/json", "text/event-stream"))
     def completions() -> Response:
-        """What follows a text, or ids, with no chat template."""
+        """Continue texts or token ids, without a chat template."""
         admission = admit()
         body = read_body(CompletionRequest)
         _check_model(body.model, checkpoint)
@@ -76,7 +76,7 @@ def create_blueprint(checkpoint: Checkpoint) -> Blueprint:
         try:
             streams = admission.submit(prompts, body.sampling(), body.n)
         except InvalidRequest as error:
-            if error.param == "messages":  # as a prompt is called elsewhere
+            if error.param == "messages":  # the prompt of other routes
                 error.param = "prompt"
             raise
         return _answer(CompletionFormat(checkpoint), body, streams, checkpoint)
@@ -86,7 +86,7 @@ def create_blueprint(checkpoint: Checkpoint) -> Blueprint:
 
 def _check_model(name: str | None, checkpoint: Checkpoint) -> None:
     if name is not None and name != checkpoint.name:
-        raise ModelNotFound(f"there is no model {name!r} here; use {checkpoint.name!r}", "model")
+        raise ModelNotFound(f"model {name!r} is not served; use {checkpoint.name!r}", "model")
 
 
 def _answer(
@@ -111,7 +111,7 @@ def _chunks(
     streams: list[TokenStream],
     request_id: str,
 ) -> Iterator[bytes]:
-    """The events of a stream. After a failure there is no [DONE]."""
+    """Yield the events of a stream. A stream that fails has no [DONE]."""
     if body.include_usage:
         head = {**head, "usage": None}
     begun: set[int] = set()
@@ -148,14 +148,14 @@ def _choice(
     logprobs: dict[str, Any] | None,
     reason: FinishReason | None,
 ) -> dict[str, Any]:
-    """What both routes' choices have around their body."""
-    # OpenAI knows no word for a reply that was ended by `/stop`.
+    """Add the fields that the choices of both routes share."""
+    # OpenAI's protocol has no finish reason for an aborted reply.
     word = FinishReason.STOP if reason is FinishReason.ABORT else reason
     return {"index": index, **body, "logprobs": logprobs, "finish_reason": word}
 
 
 class ChatFormat:
-    """`/v1/chat/completions`."""
+    """Writes replies for `/v1/chat/completions`."""
 
     id_prefix = "chatcmpl-"
     object = "chat.completion"
@@ -193,7 +193,7 @@ class ChatFormat:
 
 
 class CompletionFormat:
-    """`/v1/completions`."""
+    """Writes replies for `/v1/completions`."""
 
     id_prefix = "cmpl-"
     object = "text_completion"
@@ -201,7 +201,7 @@ class CompletionFormat:
 
     def __init__(self, checkpoint: Checkpoint):
         self._checkpoint = checkpoint
-        self._offsets: dict[int, int] = {}  # characters so far, by choice
+        self._offsets: dict[int, int] = {}  # characters so far, by index of the choice
 
     def piece(self, index: int, output: TokenOutput, is_first: bool) -> dict[str, Any]:
         logprobs = self._logprobs(index, [output])
@@ -230,7 +230,7 @@ class CompletionFormat:
 
 
 def _with_logprobs(outputs: list[TokenOutput]) -> list[Choice]:
-    """Those whose log-probability was asked for."""
+    """Return the choices that have a log-probability."""
     return [o.choice for o in outputs if o.choice is not None and o.choice.logprob is not None]
 
 

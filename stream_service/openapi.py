@@ -1,4 +1,4 @@
-"""The OpenAPI document, out of the routes and bodies themselves, and a page to read it."""
+"""The OpenAPI document, generated from the routes and bodies, and a page that shows it."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,17 +14,17 @@ from stream_service.schemas import types_of
 View = TypeVar("View", bound=Callable[..., Any])
 
 ERRORS = {
-    400: "the request is invalid, or too long for the context",
-    401: "an API key is missing or wrong",
-    403: "this Host, or the origin of this page, is not allowed",
-    404: "there is no such route, model or request",
-    406: "the answer has no form that Accept allows",
+    400: "the request is invalid, or the prompt is too long for the context",
+    401: "the API key is missing or wrong",
+    403: "the host, or the origin of the page, is not allowed",
+    404: "the route, model or request does not exist",
+    406: "Accept allows no form of the answer",
     409: "a request with this id is still running",
     413: "the body is too large",
-    415: "the body is not JSON",
-    429: "too many requests wait already; see Retry-After",
-    500: "computing failed",
-    503: "loading, shutting down, or the time limit is reached",
+    415: "the Content-Type is not application/json",
+    429: "too many requests wait; try again after the time in Retry-After",
+    500: "the generation failed",
+    503: "the model is loading, the service is shutting down, or the time limit is reached",
 }
 
 
@@ -37,7 +37,7 @@ class ErrorDetails(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every error, on every route."""
+    """The body of every error, on every route."""
 
     error: ErrorDetails
 
@@ -45,7 +45,7 @@ class ErrorBody(BaseModel):
 def describes(
     body: type[BaseModel] | None = None, answers: tuple[str, ...] = ("application/json",)
 ) -> Callable[[View], View]:
-    """Say of a view what it takes, and in which content types it answers."""
+    """Record the body of a view, and the content types of its answers."""
 
     def mark(view: View) -> View:
         view.body, view.answers = body, answers  # type: ignore[attr-defined]
@@ -55,7 +55,7 @@ def describes(
 
 
 def document(app: Flask, version: str) -> dict[str, Any]:
-    """The description of all of an application's routes, as OpenAPI 3.1."""
+    """Describe all routes of an application, as OpenAPI 3.1."""
     rules = sorted(app.url_map.iter_rules(), key=lambda rule: rule.rule)
     marked = [getattr(app.view_functions[rule.endpoint], "body", None) for rule in rules]
     bodies: set[type[BaseModel]] = {body for body in marked if body is not None}
@@ -125,7 +125,7 @@ td, th { text-align: left; vertical-align: top; padding: .25rem .75rem .25rem 0;
 details { margin: .25rem 0 1rem }
 </style>
 <h1>LLM Stream Service</h1>
-<p>The same for programs: <a href="openapi.json">openapi.json</a></p>
+<p>For programs: <a href="openapi.json">openapi.json</a></p>
 {% for path, methods in doc.paths.items() %}{% for method, operation in methods.items() %}
 <h2><code>{{ method | upper }} {{ path }}</code></h2>
 <p>{{ operation.summary }} {{ operation.description }}</p>
@@ -136,17 +136,17 @@ details { margin: .25rem 0 1rem }
 <tr><th>{{ field }}</th><td>{{ schema | kind }}</td><td>{{ schema.description }}</td></tr>
 {% endfor %}</table></details>
 {% endif %}
-<p>Answers as {{ operation.responses["200"].content | join(", ") }}.</p>
+<p>Answer: {{ operation.responses["200"].content | join(", ") }}</p>
 {% endfor %}{% endfor %}
 <h2>Errors</h2>
-<p>Each is <code>{"error": {"message", "type", "param", "code", "request_id"}}</code>.</p>
+<p>The body is <code>{"error": {"message", "type", "param", "code", "request_id"}}</code>.</p>
 <table>{% for status, text in errors.items() %}<tr><th>{{ status }}</th><td>{{ text }}</td></tr>
 {% endfor %}</table>
 """
 
 
 def page(app: Flask, version: str) -> str:
-    """The document as HTML that loads nothing from elsewhere and runs no script."""
+    """Write the document as HTML that loads no other file and runs no script."""
     app.jinja_env.filters["kind"] = _type_text
     return render_template_string(PAGE, doc=document(app, version), errors=ERRORS)
 
@@ -158,7 +158,7 @@ BOUNDS = {
 
 
 def _type_text(schema: dict[str, Any]) -> str:
-    """A field's type and bounds, in a few words."""
+    """Describe the type and the bounds of a field in a few words."""
     words = []
     for kind in types_of(schema):
         name = kind.get("type") or kind.get("$ref", "").split("/")[-1]

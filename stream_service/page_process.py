@@ -1,4 +1,4 @@
-"""The chat page as a process of its own: it knows the service by its address alone."""
+"""Runs the chat page as a child process."""
 
 import logging
 import os
@@ -12,16 +12,15 @@ logger = logging.getLogger(__name__)
 
 
 class PageProcess:
-    """Runs the page beside the service, and ends it with the service.
+    """Runs the chat page, and ends the page with the service.
 
-    The page reads its standard input and ends when that closes, which also happens when the service
-    is killed.
+    The page ends when its standard input closes, which happens even if the service is killed.
     """
 
     def __init__(
         self, script: Path, environment: Mapping[str, str], when_failed: Callable[[], None]
     ):
-        """when_failed: called, on another thread, if the page could not start."""
+        """when_failed: called on another thread if the page cannot start."""
         self.failed = False
         self._ending = False
         self._when_failed = when_failed
@@ -29,30 +28,29 @@ class PageProcess:
             [sys.executable, str(script), "--until-stdin-closes"],
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
-            # Not of the terminal's group: Ctrl-C must not end the page before the streams that it
-            # shows.
+            # Ctrl-C in the terminal must not end the page before the streams that the page shows.
             start_new_session=True,
         )
         self._watcher = threading.Thread(target=self._watch, name="page", daemon=True)
         self._watcher.start()
 
     def end(self) -> None:
-        """End the page and return when it has ended."""
+        """End the page, and wait until it has ended."""
         self._ending = True
         self._process.terminate()
         self._watcher.join()
 
     def kill(self) -> None:
-        """End the page at once."""
+        """Kill the page, and do not wait."""
         self._ending = True
         self._process.kill()
 
     def _watch(self) -> None:
-        with self._process as process:  # which closes its input afterwards
+        with self._process as process:  # closes the pipe afterwards
             status = process.wait()
         if self._ending:
             return
-        if status > 0:  # once it is up, only a signal ends it
+        if status > 0:  # the status of a page that could not start
             logger.error(
                 "the chat page could not start, so the service ends; leave out --app to serve "
                 "without a page"
@@ -60,17 +58,15 @@ class PageProcess:
             self.failed = True
             self._when_failed()
         elif status == 0:
-            logger.info("the chat page was ended")
+            logger.info("the chat page has ended")
         else:
-            logger.error(
-                "the chat page ended with status %d; the service goes on without it", status
-            )
+            logger.error("signal %d ended the chat page; the service continues without it", -status)
 
 
 def page_environment(
     host: str, port: int, service_address: str, api_key: str | None
 ) -> dict[str, str]:
-    """What the page reads from its environment."""
+    """Create the environment variables that the page reads."""
     environment = {
         "LLAMA3_ADDRESS": service_address,
         "GRADIO_SERVER_NAME": f"[{host}]" if ":" in host else host,

@@ -1,4 +1,4 @@
-"""The bodies of requests: the only place where JSON keys are read."""
+"""The fields of all request bodies. No other file reads JSON keys of requests."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -8,16 +8,16 @@ from stream_generator.sampling_params import SamplingParams
 from stream_generator.text.chat import Message
 
 MAX_TURNS = 10_000
-MAX_CHARACTERS = 4_000_000  # of a text, and MAX_IDS of a prompt in ids: the body is bounded too
-MAX_IDS = 1_000_000
+MAX_CHARACTERS = 4_000_000  # in one text; --max-body limits the whole body
+MAX_IDS = 1_000_000  # in one prompt of ids
 MAX_REPLIES = 16  # to one prompt
-MAX_PROMPTS = 64
+MAX_PROMPTS = 64  # in one request
 
 BoundedText = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 
 
 class TextPart(BaseModel):
-    """A piece of a message's content, as OpenAI's clients and Gradio send it."""
+    """A text part of a message, as OpenAI's clients and Gradio send it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -26,7 +26,7 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One message of a conversation; OpenAI's newer name for a system message is "developer"."""
+    """A message of a conversation. The role "developer" is OpenAI's newer name for "system"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -40,22 +40,22 @@ class ChatMessage(BaseModel):
         return {"role": role, "content": "".join(part.text for part in self.content)}
 
 
-# JSON has no tuples: a pair arrives as a list.
+# JSON has no tuples, so a pair arrives as a list.
 Pair = Annotated[tuple[BoundedText, BoundedText], Field(strict=False)]
 
 
 class SampledRequest(SamplingParams):
-    """Sampling parameters in a body, with OpenAI's name for their length."""
+    """Sampling parameters in a body, with OpenAI's name for the maximum length."""
 
-    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="as max_new_tokens")
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="same as max_new_tokens")
 
     def sampling(self) -> SamplingParams:
-        """The sampling parameters alone."""
+        """Return the sampling parameters of the body."""
         return _sampling(self, {"max_tokens": self.max_tokens})
 
 
 class StreamRequest(SampledRequest):
-    """The body of `/stream` and `/chat`: a conversation, and how to sample the reply."""
+    """The body of `/stream` and `/chat`: a conversation, and sampling parameters."""
 
     query: str | None = Field(
         None, min_length=1, max_length=MAX_CHARACTERS, description="the user's new message"
@@ -64,18 +64,18 @@ class StreamRequest(SampledRequest):
         None,
         max_length=MAX_TURNS,
         fail_fast=True,
-        description="earlier turns: [user, assistant] or messages",
+        description="with query: earlier turns, as [user, assistant] pairs or as messages",
     )
-    prompt: BoundedText | None = Field(None, description="the system prompt")
+    prompt: BoundedText | None = Field(None, description="with query: the system prompt")
     messages: list[ChatMessage] | None = Field(
         None,
         min_length=1,
         max_length=MAX_TURNS,
         fail_fast=True,
-        description="the whole conversation, in place of query, history and prompt",
+        description="the whole conversation, instead of query, history and prompt",
     )
     truncate: bool = Field(
-        True, description="whether the oldest turns may be left out of a conversation too long"
+        True, description="leave out the oldest turns if the conversation is too long"
     )
 
     @model_validator(mode="after")
@@ -85,12 +85,12 @@ class StreamRequest(SampledRequest):
         if self.messages is not None:
             for name in ("history", "prompt"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} goes with query; put it into messages")
+                    raise ValueError(f"{name} requires query; move its text into messages")
         self.sampling()
         return self
 
     def conversation(self) -> list[Message]:
-        """All of it, as messages."""
+        """Return the whole conversation as messages."""
         if self.messages is not None:
             return [turn.message() for turn in self.messages]
         messages: list[Message] = []
@@ -106,7 +106,7 @@ class StreamRequest(SampledRequest):
         return messages
 
     def history_after(self, response: str) -> list[Any]:
-        """The conversation with the reply, in the form it came in: pairs, or messages."""
+        """Return the conversation with the reply, in the form of the request: pairs or messages."""
         turns = [turn for turn in self.history or () if isinstance(turn, ChatMessage)]
         if self.messages is None and not turns:
             return [*map(list, self.history or ()), [self.query, response]]
@@ -121,24 +121,24 @@ class StreamOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    include_usage: bool = Field(False, description="a last chunk with the usage of the request")
-    include_obfuscation: Literal[False] = Field(False, description="this service adds no padding")
+    include_usage: bool = Field(False, description="send a last chunk with the token counts")
+    include_obfuscation: Literal[False] = Field(False, description="the service adds no padding")
 
 
 class OpenAIRequest(SampledRequest):
-    """What OpenAI's two routes have in common; transformers' sampling parameters come on top."""
+    """The fields that both OpenAI routes share, with transformers' sampling parameters."""
 
-    null_is_absent: ClassVar = True  # so it is in OpenAI's protocol, and its clients rely on it
+    null_is_absent: ClassVar = True  # OpenAI's clients send null for an absent field
 
-    model: str | None = Field(None, max_length=512, description="must be the one that is served")
-    n: int = Field(1, ge=1, le=MAX_REPLIES, description="replies to each prompt")
+    model: str | None = Field(None, max_length=512, description="the name of the served model")
+    n: int = Field(1, ge=1, le=MAX_REPLIES, description="number of replies to each prompt")
     stream: bool = False
     stream_options: StreamOptions | None = None
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options need stream: true")
+            raise ValueError("stream_options requires stream: true")
         return self
 
     @property
@@ -151,25 +151,24 @@ class ChatCompletionRequest(OpenAIRequest):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)
     max_completion_tokens: int | None = Field(
-        None, ge=1, le=1_000_000, description="as max_new_tokens"
+        None, ge=1, le=1_000_000, description="same as max_new_tokens"
     )
-    # OpenAI's switch, where the parameter of that name is a number.
-    logprobs: bool | None = Field(None, description="tell each token's")
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="alternatives to tell")
+    # In OpenAI's chat protocol, logprobs is a switch, and top_logprobs is the number.
+    logprobs: bool | None = Field(None, description="return the log-probability of each token")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="alternatives for each token")
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs need logprobs: true")
+            raise ValueError("top_logprobs requires logprobs: true")
         self.sampling()
         return self
 
     def conversation(self) -> list[Message]:
-        """The messages."""
         return [turn.message() for turn in self.messages]
 
     def sampling(self) -> SamplingParams:
-        """The sampling parameters alone."""
+        """Return the sampling parameters of the body."""
         limits = {
             "max_tokens": self.max_tokens,
             "max_completion_tokens": self.max_completion_tokens,
@@ -177,7 +176,7 @@ class ChatCompletionRequest(OpenAIRequest):
         return _sampling(self, limits, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
-# fail_fast: a complaint for each of a million ids would take a gigabyte.
+# Without fail_fast, the errors for a million ids would take a gigabyte.
 Ids = Annotated[
     list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)
 ]
@@ -185,7 +184,7 @@ Prompts = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
 
 
 class CompletionRequest(OpenAIRequest):
-    """The body of `/v1/completions`: text or ids to go on from, as they are, with no template."""
+    """The body of `/v1/completions`: texts or ids to continue, without a chat template."""
 
     prompt: (
         BoundedText | Ids | Annotated[list[BoundedText], Prompts] | Annotated[list[Ids], Prompts]
@@ -197,7 +196,7 @@ class CompletionRequest(OpenAIRequest):
         return self
 
     def prompts(self) -> list[str | list[int]]:
-        """Each prompt, as text or as ids."""
+        """Return each prompt, as text or as ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
@@ -208,9 +207,9 @@ class CompletionRequest(OpenAIRequest):
 def _sampling(
     body: SamplingParams, limits: dict[str, int | None], **changes: Any
 ) -> SamplingParams:
-    """The sampling parameters of a body. limits: its other names for `max_new_tokens`.
+    """Return the sampling parameters of a body. limits: its other names for `max_new_tokens`.
 
-    Raises `ValueError` where two names are given, or what a name stands for contradicts the rest.
+    Raises `ValueError` if the body has two of these names, or if its parameters contradict.
     """
     given = {name: getattr(body, name) for name in SamplingParams.model_fields} | changes
     limits = {"max_new_tokens": body.max_new_tokens} | limits
@@ -227,7 +226,7 @@ def _sampling(
 
 
 def sampling_bounds() -> dict[str, dict[str, Any]]:
-    """Each sampling parameter's type and bounds, as JSON schema, for `GET /`."""
+    """Return the type and bounds of each sampling parameter as JSON schema, for `GET /`."""
     bounds = {}
     for name, schema in SamplingParams.model_json_schema()["properties"].items():
         bounds[name] = types_of(schema)[0]
@@ -235,5 +234,5 @@ def sampling_bounds() -> dict[str, dict[str, Any]]:
 
 
 def types_of(schema: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a field may be, without null."""
+    """Return the types that a field may have, without null."""
     return [kind for kind in schema.get("anyOf", [schema]) if kind.get("type") != "null"]

@@ -1,4 +1,4 @@
-"""The embedded WSGI server: waitress, set for streams that are open for long."""
+"""The WSGI server: waitress, configured for long streams."""
 
 import json
 import socket
@@ -21,17 +21,17 @@ if sys.platform == "win32":
 else:
     import resource
 
-SPARE_THREADS = 16  # beside one for each open request: for GET routes and refusals
-CONNECTION_LIMIT = 8192  # waitress stops accepting at it, without an answer: keep it far away
-SPARE_FILES = 256  # descriptors for what is no connection
-IDLE_SECONDS = 60  # after which a connection without a request is closed
-FLUSH_SECONDS = 5.0  # for the last events of open streams, when the service ends
-SILENT_READER_MS = 30_000  # a reader that takes nothing for so long is dropped
-UNSENT_BYTES = 256 * 1024  # of an answer that is not read; then its writer waits
+SPARE_THREADS = 16  # for GET routes and rejections, besides one thread for each open request
+CONNECTION_LIMIT = 8192  # high, because waitress gives further connections no answer
+SPARE_FILES = 256  # descriptors for files that are not connections
+IDLE_SECONDS = 60  # a connection without a request is closed after this time
+FLUSH_SECONDS = 5.0  # time for the last events of open streams at shutdown
+SILENT_READER_MS = 30_000  # a client that reads nothing for this time is disconnected
+UNSENT_BYTES = 256 * 1024  # an answer with more unread bytes waits for its client
 
 
 class JsonErrorTask(ErrorTask):  # type: ignore[misc]
-    """What waitress itself refuses (a malformed or too large request), in the service's shape."""
+    """Answers requests that waitress itself rejects, in the form of the service's errors."""
 
     def execute(self) -> None:
         error, request_id = self.request.error, uuid.uuid4().hex
@@ -49,17 +49,17 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
 
 
 class Parser(HTTPRequestParser):  # type: ignore[misc]
-    """Refuses what two servers in a row could read as two different requests (RFC 9112, 6.3)."""
+    """Rejects requests that two servers in a row could read differently (RFC 9112, 6.3)."""
 
     def parse_header(self, header_plus: bytes) -> None:
         if b"\r\n " in header_plus or b"\r\n\t" in header_plus:
-            raise ParsingError("a header is folded over two lines")
+            raise ParsingError("a header is folded over two lines; send it on one line")
         super().parse_header(header_plus)
         encodings = header_plus.lower().count(b"\ntransfer-encoding:")
         if encodings > 1 or (encodings and "CONTENT_LENGTH" in self.headers):
-            raise ParsingError("two headers say differently how long the body is")
+            raise ParsingError("two headers give the length of the body; send one of them")
         if "," in self.headers.get("HOST", ""):
-            raise ParsingError("Host is given twice")
+            raise ParsingError("the header Host is given twice; send it once")
 
 
 class Channel(HTTPChannel):  # type: ignore[misc]
@@ -68,7 +68,7 @@ class Channel(HTTPChannel):  # type: ignore[misc]
 
 
 def loading(environ: dict[str, Any], start_response: Any) -> list[bytes]:
-    """The application until there is a model: the process lives, but cannot serve yet."""
+    """The application while the model loads. Status 200 for `/health`, 503 for other routes."""
     if environ["PATH_INFO"] == "/health":
         body, status = {"status": "loading"}, "200 OK"
     else:
@@ -81,22 +81,22 @@ def loading(environ: dict[str, Any], start_response: Any) -> list[bytes]:
 
 
 class Server:
-    """A bound and listening server. `start` serves, on a thread of its own, until `close`.
+    """A listening server. `start` serves on a new thread until `close`.
 
-    It answers that it is loading until `open` gives it an application.
+    Before `open`, the server answers that the model is loading.
     """
 
     def __init__(self, listening: socket.socket, *, max_body: int):
-        """max_body: bytes of a request's body."""
+        """max_body: maximum bytes of a request's body."""
         self._server: Any = waitress.create_server(
             loading,
             sockets=[listening],
             threads=SPARE_THREADS,
-            connection_limit=min(CONNECTION_LIMIT, _most_files() - SPARE_FILES),
+            connection_limit=min(CONNECTION_LIMIT, _file_limit() - SPARE_FILES),
             channel_timeout=IDLE_SECONDS,
             cleanup_interval=IDLE_SECONDS // 4,
             asyncore_use_poll=True,
-            channel_request_lookahead=1,  # else a disconnect is not seen while a request runs
+            channel_request_lookahead=1,  # detects disconnects while a request runs
             max_request_body_size=max_body,
             max_request_header_size=64 * 1024,
             outbuf_high_watermark=UNSENT_BYTES,
@@ -111,22 +111,22 @@ class Server:
         return int(self._server.effective_port)
 
     def open(self, app: Any, *, max_open: int) -> None:
-        """Serve `app` from now on. max_open: requests that it may hold at a time.
+        """Serve `app` from now on. max_open: maximum number of open requests.
 
-        Each open stream holds a thread; there are always some left to say no.
+        Each open request uses one thread. The spare threads can always reject further requests.
         """
         self._server.task_dispatcher.set_thread_count(max_open + SPARE_THREADS)
         self._server.application = app
 
     def start(self) -> Self:
-        """Serve from now on."""
+        """Serve on a new thread."""
         self._thread.start()
         return self
 
     def close(self) -> None:
-        """Let the open answers end, and return when all threads have ended.
+        """Wait up to `FLUSH_SECONDS` until the open answers are sent, then end the server.
 
-        The engine must be closed before, or the answers do not end.
+        Close the engine first; otherwise the open answers do not end.
         """
         self._closing = True
         self._server.pull_trigger()
@@ -149,8 +149,8 @@ class Server:
         return any(channel.requests or channel.total_outbufs_len for channel in channels)
 
 
-def _most_files() -> int:
-    """How many files this process may have open; as many as the system lets it ask for."""
+def _file_limit() -> int:
+    """Raise the limit of open files as far as needed and allowed, and return it."""
     if resource is None:
         return CONNECTION_LIMIT
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -162,13 +162,13 @@ def _most_files() -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Bound before the model loads: an address in use is known at once.
+    """Open a listening socket. Port 0 selects a free port. Raises `OSError`.
 
-    Raises `OSError`. Port 0 takes any free one.
+    The command calls this before the model loads, to report an occupied port at once.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.create_server((host, port), family=family, backlog=1024)
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # inherited by the accepted connections
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # accepted connections inherit it
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENT_READER_MS)
     return listening

@@ -1,21 +1,21 @@
-"""What the person who runs the service decides about HTTP."""
+"""The settings of the HTTP layer."""
 
 import re
 from dataclasses import dataclass
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
-# What flask-cors would read as a pattern is no origin.
+# flask-cors would read other strings as patterns.
 _ORIGIN = re.compile(r"https?://[\w.-]+(:\d+)?|null", re.ASCII)
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """api_keys: one of them must come with each request; none: everybody may ask.
+    """Settings of the HTTP layer. Raises `ValueError` for wrong or contradictory settings.
 
-    allowed_hosts: what a request's Host may be, without its port; None: anything.
-    cors_origins: whose pages in a browser may ask. max_body: bytes.
-    Raises `ValueError` for what must not go together.
+    api_keys: each request must have one of these keys; if empty, no key is required.
+    allowed_hosts: host names, without a port, to which requests may be sent; None: all names.
+    cors_origins: the origins whose pages may send requests. max_body: bytes of a request's body.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -25,14 +25,12 @@ class ServiceSettings:
 
     def __post_init__(self) -> None:
         if self.api_keys and "*" in self.cors_origins:
-            raise ValueError(
-                "with API keys, CORS must not be open to every origin; name them instead of *"
-            )
+            raise ValueError("the CORS origin * is not allowed with API keys; name each origin")
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError(
-                    f"{origin} is no origin; give it as https://name or http://name:port, "
+                    f"{origin} is not an origin; write https://name or http://name:port, "
                     "without a path"
                 )
         if not all(key and key.isascii() and key.isprintable() for key in self.api_keys):
-            raise ValueError("an API key must be of printable ASCII characters, and not empty")
+            raise ValueError("an API key must be one or more printable ASCII characters")

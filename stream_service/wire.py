@@ -1,4 +1,4 @@
-"""What a stream looks like on the wire: events, and the three ways to write them as bytes."""
+"""The events of a stream, and the three forms that write them as bytes."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -12,18 +12,18 @@ from stream_generator.request import Choice, QueuePosition, Request
 from stream_generator.text.chat import Prompt
 from stream_service.errors import answer
 
-HEARTBEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10.0  # time without an event before a heartbeat
 
 Event = dict[str, Any]
 
 
 class StreamTruncated(Exception):
-    """Raised inside a plain-text response to end it without its final chunk."""
+    """Raised inside a plain text answer, to end it without its final chunk."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """One way to write events. `heartbeat` is sent while nothing else is; empty for none."""
+    """A way to write events as bytes. heartbeat: sent while there is no event; empty for none."""
 
     content_type: str
     encode: Callable[[Event], bytes]
@@ -31,13 +31,13 @@ class Form:
 
 
 def json_line(event: Event) -> str:
-    """As short as it goes, with every character as it is."""
+    """Write an event as compact JSON, without escapes for non-ASCII characters."""
     return json.dumps(event, ensure_ascii=False, separators=(",", ":"))
 
 
 def _as_text(event: Event) -> bytes:
     if event["event"] == "error":
-        # The status line has left long ago: only a missing final chunk can still tell.
+        # The status is sent already, so only a missing final chunk can report the failure.
         raise StreamTruncated(event["error"]["message"])
     return str(event.get("delta", "")).encode()
 
@@ -62,10 +62,10 @@ def events(
     prompt: Prompt,
     history_after: Callable[[str], list[Any]],
 ) -> Iterator[Event | None]:
-    """The events of one request, in order; None where nothing came for a heartbeat's time.
+    """Yield the events of one request in order. None: no event for `HEARTBEAT_SECONDS`.
 
-    history_after: from the reply's text to the history that the next query is to bring along.
-    The last event is "end" or "error", and nothing follows it.
+    history_after: makes the history for the next query from the text of the reply.
+    The last event is "end" or "error".
     """
     yield start_event(stream.request, checkpoint.name, prompt)
     is_first = True
@@ -94,12 +94,12 @@ def events(
 
 
 def logprobs(choice: Choice | None, checkpoint: Checkpoint) -> Event:
-    """The token, its log-probability and its alternatives, if they were asked for."""
+    """Return the token, its log-probability and alternatives if requested, else nothing."""
     if choice is None or choice.logprob is None:
         return {}
 
     def token(token_id: int, logprob: float) -> Event:
-        # Alone, a part of a character has no text of its own.
+        # A token may be part of a character, which has no text by itself.
         text = checkpoint.token_bytes(token_id).decode(errors="replace")
         return {"id": token_id, "token": text, "logprob": round(logprob, 6)}
 
@@ -130,7 +130,7 @@ def end_event(request: Request, history_after: Callable[[str], list[Any]]) -> Ev
 
 
 def reply(request: Request, history_after: Callable[[str], list[Any]]) -> dict[str, Any]:
-    """The whole reply, and the history to send with the next query."""
+    """Return the whole reply, and the history for the next query."""
     return {
         "response": request.text,
         "history": history_after(request.text),
@@ -140,7 +140,7 @@ def reply(request: Request, history_after: Callable[[str], list[Any]]) -> dict[s
 
 
 def usage(requests: list[Request], n: int = 1) -> dict[str, int]:
-    """Tokens of a request. requests: `n` for each prompt, which counts once."""
+    """Count tokens. requests: `n` for each prompt. The tokens of a prompt count once."""
     prompt = sum(len(r.prompt_ids) for r in requests[::n])
     completion = sum(len(r.output_ids) for r in requests)
     return {
@@ -151,9 +151,9 @@ def usage(requests: list[Request], n: int = 1) -> dict[str, int]:
 
 
 def timings(request: Request) -> dict[str, float | None]:
-    """Milliseconds waited and to the first token, and tokens per second from then on.
+    """Return the milliseconds in the queue and to the first token, and the tokens per second.
 
-    A rate needs two tokens at least: it is that of the gaps between them.
+    The rate is one over the mean gap between tokens, so it needs at least two tokens.
     """
     started, first, last = request.started_at, request.first_token_at, request.last_token_at
     gaps = len(request.output_ids) - 1

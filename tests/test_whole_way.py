@@ -90,7 +90,7 @@ def test_service_and_page_come_up_stream_by_curl_and_end_together(
 
     about = StreamClient(address).about()
     assert about["tokens_per_second"] > 0
-    printed = re.search(r"one stream gets (\S+) tokens a second", service.seen)
+    printed = re.search(r"one stream gets (\S+) tokens per second", service.seen)
     assert printed
     assert float(printed[1]) == pytest.approx(about["tokens_per_second"], abs=0.55)
 

@@ -54,7 +54,7 @@ def test_a_page_that_dies_later_leaves_the_service_alone(
     with logging_something():
         page = PageProcess(script(tmp_path, "os.abort()"), {}, lambda: pytest.fail("it had begun"))
     assert not page.failed
-    assert "the service goes on without it" in caplog.text
+    assert "the service continues without it" in caplog.text
     page.end()
 
 
@@ -66,7 +66,7 @@ def test_a_page_that_was_ended_by_others_is_no_error(
     with logging_something():
         page = PageProcess(script(tmp_path, "sys.exit(0)"), {}, lambda: pytest.fail("it was ended"))
     assert not page.failed
-    assert [record.message for record in caplog.records] == ["the chat page was ended"]
+    assert [record.message for record in caplog.records] == ["the chat page has ended"]
     page.end()
 
 

@@ -107,7 +107,7 @@ def test_a_cut_stream_never_looks_complete(data: bytes) -> None:
     with answers(data) as url:
         reply = StreamClient(url).stream("hi")
         received = []
-        with pytest.raises(StreamError, match="broke off") as error:
+        with pytest.raises(StreamError, match="ended before the reply") as error:
             received += iter(lambda: next(reply), None)
         assert error.value.text == "abc"
 
@@ -115,7 +115,7 @@ def test_a_cut_stream_never_looks_complete(data: bytes) -> None:
 def test_a_service_that_is_away_or_is_no_such_service_is_a_clear_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         free = listening.getsockname()[1]
-    with pytest.raises(StreamError, match="cannot be reached"):
+    with pytest.raises(StreamError, match="cannot reach"):
         StreamClient(f"http://127.0.0.1:{free}").stream("hi")
     with answers(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 2\r\n\r\nno") as url:
         with pytest.raises(StreamError, match="status 502"):
@@ -141,7 +141,7 @@ def test_a_loopback_address_is_never_asked_for_through_a_proxy(
     url = serve(fake_checkpoint(says("abc"))).url
     for address in (url, url.replace("127.0.0.1", "localhost")):
         assert "".join(StreamClient(address).stream("hi")) == "abc"
-    with pytest.raises(StreamError, match="cannot be reached"):
+    with pytest.raises(StreamError, match="cannot reach"):
         StreamClient("http://llm.example").about()
 
 

@@ -61,21 +61,21 @@ def test_a_device_map_is_a_word_or_a_file(
     file.write_text('["cpu"]')
     with pytest.raises(SystemExit):
         parse_arguments(["--device-map", str(file)])
-    assert "must hold an object" in capsys.readouterr().err
+    assert "must contain a JSON object" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["-P", "70000"], "70000 is not a port"),
-        (["--max-queue", "0"], "0 is not a positive number"),
+        (["--max-queue", "0"], "0 is not a positive integer"),
         (["--max-time", "soon"], "soon is not a number of seconds"),
         (["--drain", "-1"], "-1 is not a number of seconds"),
         (["--api-key-file", "/no/such/file"], "/no/such/file"),
-        (["--api-key", "k", "--cors-origin", "*"], "name them instead of *"),
+        (["--api-key", "k", "--cors-origin", "*"], "name each origin"),
         (["--quantize", "int3"], "int3"),
-        (["--device-map", "everywhere"], "everywhere is none of auto, balanced"),
-        (["--device-map", "auto", "--device", "cpu"], "exclude each other"),
+        (["--device-map", "everywhere"], "everywhere is neither auto, balanced"),
+        (["--device-map", "auto", "--device", "cpu"], "cannot be combined"),
     ],
 )
 def test_a_wrong_flag_is_one_clear_sentence(
@@ -93,7 +93,7 @@ def test_an_empty_file_of_keys_does_not_open_the_door(
     (tmp_path / "keys").write_text("\n")
     with pytest.raises(SystemExit):
         parse_arguments(["--api-key-file", str(tmp_path / "keys")])
-    assert "there is no key" in capsys.readouterr().err
+    assert "contains no key" in capsys.readouterr().err
 
 
 def test_an_empty_key_in_the_environment_does_not_open_the_door(
@@ -102,7 +102,7 @@ def test_an_empty_key_in_the_environment_does_not_open_the_door(
     monkeypatch.setenv("LLAMA3_API_KEY", " ")
     with pytest.raises(SystemExit):
         parse_arguments([])
-    assert "set but empty" in capsys.readouterr().err
+    assert "LLAMA3_API_KEY is empty" in capsys.readouterr().err
     monkeypatch.setenv("LLAMA3_API_KEY", " k ")
     assert parse_arguments([]).settings.api_keys == ("k",)
 

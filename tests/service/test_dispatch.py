@@ -12,7 +12,7 @@ from support.waiting import wait_for
 from stream_generator.engine.engine import Engine
 from stream_generator.errors import DuplicateRequest, EngineClosed, QueueFull
 from stream_generator.sampling_params import SamplingParams
-from stream_service.dispatch import MOST_RETRY_SECONDS, Dispatcher
+from stream_service.dispatch import MAX_RETRY_SECONDS, Dispatcher
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_an_id_names_one_request_at_a_time(engine: Engine) -> None:
 def test_nothing_is_taken_in_once_the_engine_drains(engine: Engine) -> None:
     dispatcher = Dispatcher(engine)
     engine.drain(60)
-    with pytest.raises(EngineClosed, match="takes no requests"):
+    with pytest.raises(EngineClosed, match="accepts no requests"):
         dispatcher.admit("x", None)
 
 
@@ -103,7 +103,7 @@ def test_when_to_try_again_follows_from_how_long_requests_take() -> None:
     dispatcher = Dispatcher(engine)
     assert dispatcher.retry_after() == 1
     gate.allow(100)
-    for seconds, expected in ((7.5, 8), (1e9, MOST_RETRY_SECONDS)):
+    for seconds, expected in ((7.5, 8), (1e9, MAX_RETRY_SECONDS)):
         admission = dispatcher.admit("a", None)
         (stream,) = admission.submit([PROMPT], SamplingParams())
         list(stream)

@@ -119,7 +119,7 @@ def test_what_must_not_go_together_is_refused_at_start(settings: dict[str, objec
     "origin", [".*", "https://*.example.com", "https://a.example/", "a.example"]
 )
 def test_what_is_no_origin_is_refused_at_start(origin: str) -> None:
-    with pytest.raises(ValueError, match="is no origin"):
+    with pytest.raises(ValueError, match="is not an origin"):
         ServiceSettings(cors_origins=(origin,))
     ServiceSettings(cors_origins=("https://a.example", "http://localhost:3000", "null"))
 

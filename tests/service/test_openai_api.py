@@ -139,7 +139,7 @@ def test_the_model_is_listed_and_no_other_is_known(client: openai.OpenAI) -> Non
     assert client.models.retrieve("fake").owned_by == "local"
     with pytest.raises(openai.NotFoundError, match="use 'fake'"):
         client.models.retrieve("org/other")
-    with pytest.raises(openai.NotFoundError, match="there is no model 'other'") as error:
+    with pytest.raises(openai.NotFoundError, match="model 'other' is not served") as error:
         client.chat.completions.create(model="other", messages=HI)
     assert (error.value.code, error.value.param) == ("model_not_found", "model")
 

@@ -70,7 +70,7 @@ def test_the_history_of_messages_includes_the_reply_and_joins_a_continued_turn()
         ({"query": ""}, "query", "at least 1 character"),
         ({"query": 5}, "query", "valid string"),
         ({"query": "a", "temprature": 1}, "temprature", "did you mean temperature?"),
-        ({"query": "a", "tools": []}, "tools", "is not supported here; leave it out"),
+        ({"query": "a", "tools": []}, "tools", "is not supported; leave it out"),
         ({"query": "a", "temperature": "hot"}, "temperature", "valid number"),
         ({"query": "a", "temperature": 9}, "temperature", "less than or equal to 5"),
         ({"query": "a", "temperature": 0.001}, "temperature", "at least 0.01"),

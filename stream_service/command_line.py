@@ -213,7 +213,7 @@ def _add_limits(add: Add) -> None:
         "--max-time",
         type=_seconds,
         metavar="SECONDS",
-        help="maximum time for a request; its reply then ends with the finish reason length "
+        help='maximum time for a request; its reply then ends with finish reason "length" '
         "(default: no limit)",
     )
     add(

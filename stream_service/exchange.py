@@ -1,4 +1,4 @@
-"""What all routes share: admission, the body, and the streamed answer."""
+"""Steps that the routes share: admission, the body, and the streamed answer."""
 
 from collections.abc import Iterator
 

@@ -59,7 +59,9 @@ def ready() -> tuple[Response, int]:
     life = dispatcher().engine.life
     if life.is_accepting:
         return jsonify(status="ready"), 200
-    message = "the service is shutting down" if life.is_healthy else "the engine failed or hangs"
+    message = "the engine has failed or hangs; restart the service"
+    if life.is_healthy:
+        message = "the service is shutting down; try again later"
     body, status = http_answer(503, message, g.request_id)
     return jsonify(body), status
 

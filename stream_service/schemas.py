@@ -85,7 +85,7 @@ class StreamRequest(SampledRequest):
         if self.messages is not None:
             for name in ("history", "prompt"):
                 if getattr(self, name) is not None:
-                    raise ValueError(f"{name} requires query; move its text into messages")
+                    raise ValueError(f"{name} requires query; move it into messages")
         self.sampling()
         return self
 

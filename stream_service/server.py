@@ -57,7 +57,7 @@ class Parser(HTTPRequestParser):  # type: ignore[misc]
         super().parse_header(header_plus)
         encodings = header_plus.lower().count(b"\ntransfer-encoding:")
         if encodings > 1 or (encodings and "CONTENT_LENGTH" in self.headers):
-            raise ParsingError("two headers give the length of the body; send one of them")
+            raise ParsingError("two headers give the length of the body; send only one")
         if "," in self.headers.get("HOST", ""):
             raise ParsingError("the header Host is given twice; send it once")
 

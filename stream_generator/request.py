@@ -84,7 +84,7 @@ class Request:
     num_computed_tokens: int = 0  # how many of its ids have their keys and values there
     num_cached_tokens: int = 0  # how many of its prompt were there when it came
     generator: Any = None  # the request's own torch.Generator
-    number: float | None = None  # what it has drawn for its next id, until that id is taken
+    uniform: float | None = None  # drawn for the next id; kept until that id is appended
     deadline: float | None = None  # by time.monotonic(): no token begins after it
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
@@ -148,7 +148,7 @@ class Request:
 
         An end id ends it and is neither shown nor counted.
         """
-        token_id, self.number = choice.token_id, None
+        token_id, self.uniform = choice.token_id, None
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
         if token_id in self.all_end_ids:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # its import takes a second, and step graphs do not need it
 
 logger = logging.getLogger(__name__)
 
-# In Llama 3, the first ends a text, and each other one ends a turn. The configuration of some
-# copies names only one of the three, and then replies would never stop.
+# In Llama 3, the first token ends a text and the other two end a turn. Some copies of the checkpoint
+# name only one of them in their configuration, so replies would never stop.
 LLAMA3_END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 
 DEFAULT_CONTEXT_LENGTH = 2048  # if a configuration names none
@@ -159,7 +159,7 @@ def facts_of(config: Any, generation_config: GenerationConfig, tokenizer: Any) -
 
 
 def _end_ids(config: Any, generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that the configurations or the tokenizer name as an end."""
+    """Every id that a configuration or the tokenizer names as an end, and Llama 3's end ids."""
     named = [
         getattr(generation_config, "eos_token_id", None),
         getattr(config, "eos_token_id", None),

@@ -49,8 +49,8 @@ def stream_sample(
 
     A decoding method for `model.generate(..., custom_generate=stream_sample)`, greedy or sampling.
     input_ids: int64 [rows, prompt length], padded on the left.
-    generators: one CPU generator per row. By default they are seeded with `seed + row`; without a
-    seed, from torch's global generator.
+    generators: one CPU generator per row. By default they are seeded with `seed + row`, or from
+    torch's global generator if there is no seed.
 
     A finished row yields the pad id, and the loop ends when all rows have finished. The stopping
     criteria set a boolean mask of finished rows, for any number of end ids. (Older projects keep an
@@ -128,7 +128,7 @@ def _loop(
 
 
 def _uncached_length(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> int | None:
-    """How many ids at the end are not in the caller's cache yet; None if all are not."""
+    """How many ids at the end the caller's cache lacks; None if there is no cache, or an empty one."""
     cache = model_kwargs.get("past_key_values")
     cached = cache.get_seq_length() if cache is not None else 0
     return input_ids.shape[1] - cached if cached else None

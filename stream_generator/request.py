@@ -33,7 +33,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The id that a step chose. With log-probabilities, if the request wants them.
+    """The id that a step chose, with log-probabilities if the request wants them.
 
     alternatives: the most likely ids and their log-probabilities. All log-probabilities are those
     of the model's own distribution, before any processor.
@@ -171,7 +171,7 @@ class Request:
     def fail(self, error: StreamGeneratorError) -> TokenOutput:
         """Finish the request because computing failed. Its reader gets `error` as an exception."""
         self.error = error
-        return self._finish(FinishReason.ERROR, flush=False)  # flushing may be what failed
+        return self._finish(FinishReason.ERROR, flush=False)  # the flush may be what failed
 
     def _finish(
         self,

@@ -18,10 +18,10 @@ from stream_generator.errors import CheckpointError, InvalidRequest
 # Characters that mark control tokens in messages: no script uses them, and templates keep them.
 _PRIVATE_USE = range(0xE000, 0xF8FF)
 
-# What a template may do with a few words. Ordinary templates run some hundred lines, as Jinja
-# compiles them to Python.
+# Limits for short conversations. An ordinary template runs a few hundred lines, counted in the
+# Python that Jinja compiles it to.
 MAX_TEMPLATE_LINES, MAX_PROMPT_CHARACTERS = 100_000, 1_000_000
-MAX_FACTOR = 10_000  # in a template's products: one line with a larger factor may never finish
+MAX_FACTOR = 10_000  # in a template's products: a single larger product may never finish
 TEMPLATE_FILE = "<template>"  # the file name that Jinja gives to compiled templates
 RUNAWAY_TEMPLATE = (
     "the checkpoint's chat template never finishes, or its prompts are far too long; take the "
@@ -31,7 +31,7 @@ RUNAWAY_TEMPLATE = (
 
 
 class _TooManyLines(BaseException):
-    """A template runs too long. Templates' `Exception`s become `InvalidRequest`; this must not."""
+    """A template runs too long. Not an `Exception`, because `_apply_template` catches those."""
 
 
 class Message(TypedDict):
@@ -85,7 +85,7 @@ class ChatFormat:
         """The prompt of `messages`, trimmed to leave an eighth of the context for the reply.
 
         Trimming removes the oldest turns. System messages at the beginning stay, and so does the
-        last turn, even if the prompt is still too long. What is removed is rounded up to whole
+        last turn, even if the prompt is still too long. The amount to remove is rounded up to whole
         quarters of the context, so successive prompts of a conversation share a prefix, and the
         prefix cache serves it. Raises as `encode` does.
         """
@@ -127,8 +127,8 @@ class ChatFormat:
     def check_template(self) -> None:
         """Try the template on a few conversations, before a request depends on it.
 
-        Raises `CheckpointError` if the template runs too long or its prompt is too long. It may
-        reject some of the conversations: for example, not every template has system messages.
+        Raises `CheckpointError` if the template runs too long or its prompt is too long. A template
+        may reject some conversations: for example, not every template has system messages.
         """
         _reject_large_operations(str(self._tokenizer.chat_template or ""))
         turns: list[Message] = [

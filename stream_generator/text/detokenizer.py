@@ -13,7 +13,7 @@ MAX_INCOMPLETE = 3
 
 MIN_WINDOW = 8  # ids that stay in the window: more than an incomplete character can have
 MAX_WINDOW = 24  # ids in the window; at this length the oldest ids are removed
-MAX_REWRITTEN_WINDOW = 64  # the same while the decoder rewrites bytes; then they are delivered
+MAX_REWRITTEN_WINDOW = 64  # ids in the window at which rewritten text is delivered after all
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -69,7 +69,7 @@ class Detokenizer:
     def _slide(self, text: str, held: str) -> None:
         """Remove the oldest ids, if the remaining ids decode to the end of the same text.
 
-        They do not if the first is inside a character; of four successive ids, one is not.
+        They do not if the first of them is inside a character. Of four ids, one is not inside.
         """
         for keep in range(MIN_WINDOW, MIN_WINDOW + 4):
             shorter = self._text(self._window[-keep:])

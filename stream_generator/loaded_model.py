@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # its import takes a second, and step graphs do not need it
 
 logger = logging.getLogger(__name__)
 
-# In Llama 3, the first token ends a text and the other two end a turn. Some copies of the checkpoint
+# In Llama 3, the first token ends a text and the other two end a turn. Some copies of the model
 # name only one of them in their configuration, so replies would never stop.
 LLAMA3_END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 

@@ -103,7 +103,7 @@ def measure(runner: Runner, args: argparse.Namespace) -> dict[str, Any]:
             choices: list[Any] = runner.decode(requests)
             for request, choice in zip(requests, choices, strict=True):
                 request.output_ids.append(choice.token_id)
-                request.number = None
+                request.uniform = None
             if step >= 5:
                 times.append((time.perf_counter() - began) * 1000)
         result[f"{rows} rows"] = spread(times)

@@ -1,7 +1,7 @@
 """Token-by-token generation: ids in, ids and text out. Knows nothing of HTTP.
 
-What a program needs is here, and imported when it is first used. To read the code, start with
-`loop` (one model, one request) and go on with `engine.engine` (many).
+Each public name is imported when it is first used. To read the code, start with `loop` (one model,
+one request), then read `engine.engine` (many requests).
 """
 
 import importlib
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "SamplingParams", "init_stream_support", "load_checkpoint", "stream_generate"]
 
-_HOMES = {
+_MODULES = {
     "Engine": "engine.engine",
     "SamplingParams": "sampling_params",
     "init_stream_support": "generate",
@@ -25,6 +25,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,16 +1,16 @@
-"""Everything that can go wrong, as one small tree. Each message names the remedy."""
+"""The tree of all errors of this package. Each message gives the remedy."""
 
 
 class StreamGeneratorError(Exception):
-    """Base of all errors that this package raises on purpose."""
+    """Base class of the errors that this package raises."""
 
 
 class CheckpointError(StreamGeneratorError):
-    """The model could not be found, fetched, converted or loaded."""
+    """The model could not be found, downloaded, converted or loaded."""
 
 
 class InvalidRequest(StreamGeneratorError):
-    """The request cannot be served as it stands; `param` names the field to change."""
+    """The request can never be served; `param` names the field to change."""
 
     def __init__(self, message: str, param: str | None = None):
         super().__init__(message)
@@ -18,19 +18,19 @@ class InvalidRequest(StreamGeneratorError):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt leaves no room in the context for even one new token."""
+    """The prompt leaves no room in the context for a new token."""
 
 
 class EngineRefusal(StreamGeneratorError):
-    """The request is fine, but the engine takes none at the moment."""
+    """The request is valid, but the engine accepts no requests now."""
 
 
 class QueueFull(EngineRefusal):
-    """Too many requests are waiting already; try again later."""
+    """Too many requests are waiting; try again later."""
 
 
 class EngineClosed(EngineRefusal):
-    """The engine is shutting down, or has failed for good."""
+    """The engine is shutting down, or has failed and must be restarted."""
 
 
 class DuplicateRequest(StreamGeneratorError):
@@ -38,7 +38,7 @@ class DuplicateRequest(StreamGeneratorError):
 
 
 class TimeLimitReached(StreamGeneratorError):
-    """The request's time was over before its first token."""
+    """The request's time limit passed before its first token."""
 
 
 class GenerationFailed(StreamGeneratorError):
@@ -46,6 +46,6 @@ class GenerationFailed(StreamGeneratorError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says first; its name, if it says nothing."""
+    """The first line of an error's message; the error's class name if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

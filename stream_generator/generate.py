@@ -1,4 +1,4 @@
-"""Replies for Python programs: of a checkpoint, of a transformers model, or inside `generate`."""
+"""Streams for Python programs: `stream_generate`, and `do_stream` for transformers' `generate`."""
 
 import copy
 import functools
@@ -26,7 +26,7 @@ from stream_generator.request import TokenOutput
 from stream_generator.sampling_params import SamplingParams
 
 Prompt = Iterable[Mapping[str, object]] | Iterable[int]  # messages, or ids
-SLOTS = 4  # of one checkpoint's replies; the memory of the others stays the caller's
+SLOTS = 4  # for each checkpoint; more would take memory that the program may need
 
 
 @overload
@@ -46,30 +46,30 @@ def stream_generate(
 
 
 def stream_generate(model: Any, *arguments: Any, **keywords: Any) -> Iterator[TokenOutput]:
-    """Yield the reply to `prompt` as text deltas; the last output has the finish reason.
+    """Yield the reply to `prompt` as text deltas. The last output has the finish reason.
 
-    model: a checkpoint, which runs as the service runs it: on its step graph where its weights are
-    packed, several replies in the slots of one cache. Replies that are read in turn are computed
-    together. Or any transformers model, followed by its tokenizer: it runs in transformers' own
-    `generate`, one reply at a time. A checkpoint with packed weights and its dense model differ in
-    roundings, and so may their replies.
+    model: a checkpoint, or any transformers model followed by its tokenizer. A checkpoint runs as
+    in the service: packed weights on their step graph, several replies in the slots of one cache.
+    Replies that are read in turn are computed together. A transformers model runs in its own
+    `generate`, one reply at a time. Packed and dense weights round differently, so their replies
+    may differ.
     prompt: messages, rendered by the checkpoint's chat template, or prompt ids.
     params: or its fields as keywords, e.g. `temperature=0`. Missing values come from the
         checkpoint's generation config.
 
     Raises `InvalidRequest` for a prompt that does not fit, and pydantic's `ValidationError` for
-    parameters out of bounds, both before anything is computed. Reading it raises
+    parameters out of bounds, both before anything is computed. The iterator raises
     `GenerationFailed` if computing fails.
 
         >>> for output in stream_generate(checkpoint, [{"role": "user", "content": "Hi"}]):
         ...     print(output.delta, end="", flush=True)
     """
     if isinstance(model, Checkpoint):
-        return _of_checkpoint(model, *arguments, **keywords)
-    return _of_model(model, *arguments, **keywords)
+        return _stream_checkpoint(model, *arguments, **keywords)
+    return _stream_model(model, *arguments, **keywords)
 
 
-def _of_model(
+def _stream_model(
     model: PreTrainedModel,
     tokenizer: Any,
     prompt: Prompt,
@@ -77,39 +77,39 @@ def _of_model(
     **sampling: Any,
 ) -> Iterator[TokenOutput]:
     checkpoint = Checkpoint.of(model, tokenizer)
-    ids, resolved = _ids(checkpoint, prompt), _one_of(params, sampling)
+    ids, resolved = _prompt_ids(checkpoint, prompt), _params_of(params, sampling)
     request = checkpoint.new_request(ids, resolved, request_id=uuid.uuid4().hex)
     return stream_request(model, request)
 
 
-def _of_checkpoint(
+def _stream_checkpoint(
     checkpoint: Checkpoint,
     prompt: Prompt,
     params: SamplingParams | None = None,
     **sampling: Any,
 ) -> Iterator[TokenOutput]:
-    ids, resolved = _ids(checkpoint, prompt), _one_of(params, sampling)
-    replies = _replies_of(checkpoint)
-    replies.engine.intake.new_request(ids, resolved, request_id="check")
-    return replies.reply(ids, resolved)
+    ids, resolved = _prompt_ids(checkpoint, prompt), _params_of(params, sampling)
+    shared = _engine_of(checkpoint)
+    shared.engine.intake.new_request(ids, resolved, request_id="check")  # raises if it is invalid
+    return shared.reply(ids, resolved)
 
 
-def _ids(checkpoint: Checkpoint, prompt: Prompt) -> list[int]:
+def _prompt_ids(checkpoint: Checkpoint, prompt: Prompt) -> list[int]:
     items: list[Any] = list(prompt)
     return checkpoint.chat.encode(items) if items and isinstance(items[0], dict) else items
 
 
-def _one_of(params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
+def _params_of(params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
     if params is not None and sampling:
-        raise TypeError("give either params or its fields as keywords, not both")
+        raise TypeError("give either params or keywords such as temperature=0, not both")
     return params or SamplingParams(**sampling)
 
 
-class _Replies:
-    """The replies of one checkpoint, on one engine. It has no thread: whoever reads computes.
+class _SharedEngine:
+    """An engine for all replies of one checkpoint. It has no thread of its own: readers compute.
 
-    One reader at a time takes a step, for all of them; the others get what it gives at once. A
-    reader who is the only one is best the thread that has loaded the model (see `Engine`).
+    One reader at a time computes a step for all readers, and each reader gets its outputs at once.
+    A single reader should be on the thread that loaded the model (see `Engine`).
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -136,7 +136,7 @@ class _Replies:
                 self._step()
 
     def _step(self, stream: TokenStream | None = None) -> None:
-        """Take a step; where another reader takes one, wait for its end or for an output."""
+        """Compute a step. If another reader computes one, wait for its end or for an output."""
         with self._changed:
             if self._stepping:
                 self._changed.wait_for(lambda: not self._stepping or (stream and stream.ready))
@@ -144,8 +144,8 @@ class _Replies:
             self._stepping = True
         try:
             self.engine.step()
-        except BaseException:  # such as Ctrl+C: nobody knows how far the step has come
-            self.engine.close("the computation was interrupted; ask again")
+        except BaseException:  # such as Ctrl+C: the step may be half done
+            self.engine.close("a step was interrupted; call stream_generate again")
             raise
         finally:
             self._stepping = False
@@ -156,30 +156,30 @@ class _Replies:
             self._changed.notify_all()
 
 
-_replies: WeakKeyDictionary[Checkpoint, _Replies] = WeakKeyDictionary()
-_making = threading.Lock()
+_engines: WeakKeyDictionary[Checkpoint, _SharedEngine] = WeakKeyDictionary()
+_engines_lock = threading.Lock()
 
 
-def _replies_of(checkpoint: Checkpoint) -> _Replies:
-    with _making:
-        known = _replies.get(checkpoint)
-        if known is None or not known.engine.life.is_accepting:
-            known = _replies[checkpoint] = _Replies(checkpoint)
-        return known
+def _engine_of(checkpoint: Checkpoint) -> _SharedEngine:
+    with _engines_lock:
+        shared = _engines.get(checkpoint)
+        if shared is None or not shared.engine.life.is_accepting:
+            shared = _engines[checkpoint] = _SharedEngine(checkpoint)
+        return shared
 
 
 def init_stream_support() -> Callable[[], None]:
-    """Give every model's `generate` a `do_stream` argument; return a function that undoes it.
+    """Add a `do_stream` argument to every model's `generate`. Returns a function that removes it.
 
-    A drop-in for transformers-stream-generator: after it,
+    Replaces transformers-stream-generator without changes in the calls. After this call,
 
         >>> for ids in model.generate(input_ids, do_stream=True, do_sample=True):
         ...     print(tokenizer.decode(ids), end="", flush=True)
 
-    gives a generator of id tensors, int64 `[rows]`. `seed`, `tokenizer` with `stop_strings`, and
-    all that shapes sampling work; beams, an assistant model, a streamer and
-    `return_dict_in_generate` cannot stream ids and are refused by name (`InvalidRequest`).
-    Without `do_stream` the call goes to transformers untouched.
+    prints a reply token by token: `generate` returns a generator of id tensors, int64 `[rows]`.
+    `seed`, `tokenizer` with `stop_strings` and all sampling parameters work. Beam search, an
+    assistant model, a streamer and `return_dict_in_generate` raise `InvalidRequest`, because they
+    give no stream of ids. Without `do_stream`, calls go to transformers unchanged.
     """
     original = GenerationMixin.generate
     if hasattr(original, "undo_stream_support"):
@@ -205,8 +205,8 @@ def init_stream_support() -> Callable[[], None]:
 def _streaming_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `generate` for a stream.
 
-    Given a callable, transformers drops `tokenizer` and `stop_strings` unused, and lets what
-    cannot be streamed pass unnoticed: the former become a criterion, the latter are refused.
+    With a callable `custom_generate`, transformers ignores stop strings, and arguments that cannot
+    work in a stream. Here stop strings become a criterion, and such arguments are rejected.
     """
     for name in ("assistant_model", "streamer", "custom_generate"):
         if arguments.pop(name, None) is not None:

@@ -1,4 +1,4 @@
-"""A model with its tokenizer, and the facts that requests need of them."""
+"""A model with its tokenizer, and the facts about both that requests need."""
 
 import logging
 import secrets
@@ -19,27 +19,26 @@ from stream_generator.sampling_params import SamplingParams
 from stream_generator.text.chat import ChatFormat
 from stream_generator.text.detokenizer import Detokenizer, token_bytes
 
-if TYPE_CHECKING:  # it takes a second to import, and what runs on a graph needs none
+if TYPE_CHECKING:  # its import takes a second, and step graphs do not need it
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-# Llama 3 ends a text with the first and a turn with the others. Some copies of the checkpoint
-# name only one of them in their configuration, and then never stop.
+# In Llama 3, the first token ends a text and the other two end a turn. Some copies of the model
+# name only one of them in their configuration, so replies would never stop.
 LLAMA3_END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 
-# Where a configuration names no context length.
-UNKNOWN_CONTEXT_LENGTH = 2048
+DEFAULT_CONTEXT_LENGTH = 2048  # if a configuration names none
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What there is to know about a model, and how to get it.
+    """A model's tokenizer and facts, and the function that loads the model.
 
-    `end_ids`: every id that ends a reply. `context_length`: prompt and reply together, in
-    tokens. `defaults`: the sampling parameters that its generation config names. `graph`: the
-    directory of its step graph, where packed weights run on a CPU; None: it runs dense, or packed
-    on a GPU. `parameters`: how many numbers it was made of, before any was packed.
+    `end_ids`: every id that ends a reply. `context_length`: tokens of prompt and reply together.
+    `defaults`: the sampling parameters of the generation config. `graph`: the directory of the step
+    graph if packed weights run on a CPU; None if the model runs dense, or packed on a GPU.
+    `parameters`: the number of parameters, counted before weights were packed.
     """
 
     name: str
@@ -60,20 +59,20 @@ class Checkpoint:
 
     @property
     def model(self) -> "PreTrainedModel":
-        """The transformers model. With a graph it is a dense one, loaded when it is first read."""
+        """The transformers model. If there is a graph, the first access loads a dense model."""
         return self.load_model()
 
     def describe(self) -> str:
-        """What it is and where its parts came from, for a person."""
+        """The model and the origin of its parts, in words."""
         ids = sorted(self.end_ids)
         tokens = zip(ids, self.tokenizer.convert_ids_to_tokens(ids), strict=True)
-        ends = " ".join(token or f"id {i}" for i, token in tokens) or "nothing"
+        ends = " ".join(token or f"id {i}" for i, token in tokens) or "none"
         family = self.config.model_type
         kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family, family)
         return (
             f"{self.name}: {self.layout}, {kind}, {self.parameters / 1e6:,.0f} M parameters in "
-            f"{self._numbers()} on {self.device}, a context of {self.context_length} tokens, ends "
-            f"with {ends}, chat template: {self.chat.describe()}"
+            f"{self._numbers()} on {self.device}, context: {self.context_length} tokens, end "
+            f"tokens: {ends}, chat template: {self.chat.describe()}"
         )
 
     def _numbers(self) -> str:
@@ -82,7 +81,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, model: "PreTrainedModel", tokenizer: Any, name: str = "model") -> Self:
-        """The facts of a model that is loaded already."""
+        """Make the checkpoint of a model that is loaded already."""
         return cls(
             **facts_of(model.config, model.generation_config, tokenizer),
             name=name,
@@ -96,19 +95,19 @@ class Checkpoint:
     def new_request(
         self, prompt_ids: Iterable[int], params: SamplingParams, *, request_id: str
     ) -> Request:
-        """A request ready to run: parameters resolved, a generator of its own.
+        """Make a request that is ready to run, with resolved parameters and its own generator.
 
-        Raises `PromptTooLong` when the context has no room for a reply, and `InvalidRequest`
-        for ids that the vocabulary does not have.
+        Raises `PromptTooLong` if the context has no room for a reply, and `InvalidRequest` for an
+        empty prompt and for ids outside the vocabulary.
         """
         prompt = list(prompt_ids)
         room = self.context_length - len(prompt)
         if not prompt:
-            raise InvalidRequest("the prompt is empty; give at least one token", param="messages")
+            raise InvalidRequest("the prompt is empty; send at least one token", param="messages")
         if room < 1:
             raise PromptTooLong(
                 f"prompt has {len(prompt)} tokens but the context holds {self.context_length}, "
-                "the reply included; shorten it",
+                "the reply included; shorten the prompt",
                 param="messages",
             )
         self._check_ids("messages", prompt)
@@ -126,13 +125,13 @@ class Checkpoint:
         )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text to go on from, control tokens read as such, with one begin-of-text."""
+        """Encode a text to continue, control tokens included, with one begin-of-text at most."""
         ids: list[int] = self.tokenizer.encode(text)
         begin = self.tokenizer.bos_token_id
         return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What an id stands for, also where it is a part of a character only."""
+        """The bytes of an id, even if they are only part of a character."""
         return token_bytes(self.tokenizer, token_id)
 
     def _check_ids(self, param: str, ids: Iterable[int]) -> None:
@@ -145,7 +144,7 @@ class Checkpoint:
 
 
 def facts_of(config: Any, generation_config: GenerationConfig, tokenizer: Any) -> dict[str, Any]:
-    """What a `Checkpoint` takes from these."""
+    """The fields of a `Checkpoint` that come from its configurations and its tokenizer."""
     text_config = config.get_text_config()
     return {
         "tokenizer": tokenizer,
@@ -153,14 +152,14 @@ def facts_of(config: Any, generation_config: GenerationConfig, tokenizer: Any) -
         "generation_config": generation_config,
         "end_ids": _end_ids(text_config, generation_config, tokenizer),
         "context_length": getattr(text_config, "max_position_embeddings", None)
-        or UNKNOWN_CONTEXT_LENGTH,
+        or DEFAULT_CONTEXT_LENGTH,
         "vocab_size": text_config.vocab_size,
         "defaults": _defaults(generation_config),
     }
 
 
 def _end_ids(config: Any, generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that ends a reply: what the configurations and the tokenizer name, in union."""
+    """Every id that a configuration or the tokenizer names as an end, and Llama 3's end ids."""
     named = [
         getattr(generation_config, "eos_token_id", None),
         getattr(config, "eos_token_id", None),
@@ -172,16 +171,16 @@ def _end_ids(config: Any, generation_config: Any, tokenizer: Any) -> frozenset[i
 
 
 def _defaults(config: GenerationConfig | None) -> SamplingParams:
-    """What a checkpoint's generation config says about sampling; odd values are left out."""
+    """The sampling parameters of a generation config, without invalid values."""
     defaults: dict[str, Any] = {}
     for name in SamplingParams.model_fields:
-        # transformers' name where ours is OpenAI's
+        # transformers calls `stop` `stop_strings`
         value = getattr(config, "stop_strings" if name == "stop" else name, None)
         if value is None:
             continue
         try:
             defaults[name] = getattr(SamplingParams(**{name: value}), name)
         except ValidationError:
-            logger.warning("ignoring %s=%r of the checkpoint's generation config", name, value)
-    # A checkpoint may be greedy and still carry a temperature: transformers lets it, so do we.
+            logger.warning("ignoring %s=%r in the generation config: invalid value", name, value)
+    # Not validated together: as in transformers, a greedy checkpoint may name a temperature.
     return SamplingParams.model_construct(**defaults)

@@ -1,9 +1,9 @@
-"""The loop: one forward, one id, one yield. Chapter one for a reader, and the tests' oracle.
+"""The generation loop of one model: one forward, one id per row, one yield. Start reading here.
 
-transformers' `generate` does all the preparation (inputs, cache, logits processors, stopping
-criteria) and then calls a decoding method. Given a callable as `custom_generate`, it calls that
-one and returns what it returns: here, a generator. So the ids come out one step at a time, with
-everything that transformers knows of sampling still in force.
+transformers' `generate` prepares inputs, cache, logits processors and stopping criteria, and then
+calls a decoding method. If `custom_generate` is a callable, `generate` calls it and returns its
+result: here, a generator. The caller gets ids step by step, and all sampling parameters of
+transformers work. Tests compare the engine with this loop.
 """
 
 import copy
@@ -31,8 +31,8 @@ from stream_generator.sampling.processors import (
 )
 from stream_generator.sampling.sampler import check_scores, draw, generator_for, uniform
 
-# Outputs of a forward that the next one needs, by the names that model families give them.
-_CACHES = ("past_key_values", "cache_params", "state")
+# The names that model families give to the cache in the outputs of a forward.
+_CACHE_NAMES = ("past_key_values", "cache_params", "state")
 
 
 def stream_sample(
@@ -45,23 +45,20 @@ def stream_sample(
     seed: int | None = None,
     **model_kwargs: Any,
 ) -> Iterator[torch.Tensor]:
-    """Yield the ids of each step as they are produced: int64 `[rows]`.
+    """Yield the ids of each step as soon as they exist: int64 `[rows]`.
 
-    A decoding method for `model.generate(..., custom_generate=stream_sample)`, greedy or
-    sampling. input_ids: int64 [rows, prompt length], padded on the left.
+    A decoding method for `model.generate(..., custom_generate=stream_sample)`, greedy or sampling.
+    input_ids: int64 [rows, prompt length], padded on the left.
+    generators: one CPU generator per row. By default they are seeded with `seed + row`, or from
+    torch's global generator if there is no seed.
 
-    A row that has ended yields the pad id, and the loop ends when all have. Which rows have ended
-    is a boolean mask, set by the stopping criteria, for any number of end ids. (Older projects
-    keep an integer mask and multiply it, for each step, by the number of end ids that the new id
-    differs from. With one end id that is 0 or 1. With Llama 3's two it is 2 for an ordinary id and
-    1 for an end id: the mask doubles at each step and never becomes 0, so the loop runs on past the
-    end, and `ids * mask + pad * (1 - mask)` gives ids outside the vocabulary, negative ones too.)
+    A finished row yields the pad id, and the loop ends when all rows have finished. The stopping
+    criteria set a boolean mask of finished rows, for any number of end ids. (Older projects keep an
+    integer mask. With the two end ids of Llama 3 it doubles at each step, never becomes 0, and
+    gives ids outside the vocabulary; docs/design.md explains this.)
 
-    generators: one CPU generator a row for the draw; without them, `seed + row`, or torch's
-    global generator if there is no seed either.
-
-    Raises `InvalidRequest` at once for a decoding mode that is not a stream of single ids, and
-    `GenerationFailed` at the step where logits are not finite.
+    Raises `InvalidRequest` at once for a mode that does not choose one id per step and row, and
+    `GenerationFailed` at the step whose logits are not finite.
     """
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -69,9 +66,12 @@ def stream_sample(
             f"{mode.value} cannot be streamed id by id; use greedy search or sampling"
         )
     if generation_config.return_dict_in_generate:
-        raise InvalidRequest("a stream yields ids only", param="return_dict_in_generate")
+        raise InvalidRequest(
+            "a stream yields only ids; leave out return_dict_in_generate",
+            param="return_dict_in_generate",
+        )
     if model.config.is_encoder_decoder:
-        raise InvalidRequest("only decoder-only models can be streamed")
+        raise InvalidRequest("encoder-decoder models cannot be streamed; use a decoder-only model")
     if generation_config.do_sample and generators is None:
         generators = _generators(len(input_ids), seed)
     return _loop(
@@ -85,7 +85,7 @@ def stream_sample(
     )
 
 
-@torch.inference_mode()  # torch enters it anew at each resumption, in whatever thread that is
+@torch.inference_mode()  # torch enters it again whenever a thread resumes the generator
 def _loop(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
@@ -104,7 +104,7 @@ def _loop(
     )
     while True:
         outputs = model(**inputs, return_dict=True)
-        # A copy: a slice would keep the logits of the whole prompt alive.
+        # Copied, because a slice would keep the logits of the whole prompt in memory.
         logits = outputs.logits[:, -1].to(device=input_ids.device, dtype=torch.float32, copy=True)
         _carry_over(outputs, model_kwargs)
         del outputs
@@ -128,15 +128,15 @@ def _loop(
 
 
 def _uncached_length(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> int | None:
-    """How many ids at the end a cache that the caller passed does not hold yet; None for all."""
+    """How many ids at the end the caller's cache lacks; None if it is empty or there is none."""
     cache = model_kwargs.get("past_key_values")
     cached = cache.get_seq_length() if cache is not None else 0
     return input_ids.shape[1] - cached if cached else None
 
 
 def _carry_over(outputs: Any, model_kwargs: dict[str, Any]) -> None:
-    """Take from one forward what the next one needs: the cache, and one more position."""
-    for name in _CACHES:
+    """Prepare `model_kwargs` for the next forward: the cache, and one more position."""
+    for name in _CACHE_NAMES:
         if outputs.get(name) is not None:
             model_kwargs[name] = outputs[name]
     if (mask := model_kwargs.get("attention_mask")) is not None:
@@ -152,7 +152,7 @@ def _generators(rows: int, seed: int | None) -> list[torch.Generator]:
 
 
 def _pad_id(config: GenerationConfig) -> int:
-    """The configured pad id; without one, an end id, as transformers has it."""
+    """The configured pad id, or else an end id, as in transformers."""
     for ids in (config.pad_token_id, config.eos_token_id):
         if ids is not None:
             return int(ids[0] if isinstance(ids, list) else ids)
@@ -160,9 +160,9 @@ def _pad_id(config: GenerationConfig) -> int:
 
 
 def stream_request(model: PreTrainedModel, request: Request) -> Iterator[TokenOutput]:
-    """Run one request alone, to its end: one output a step.
+    """Run one request alone until it finishes. Yields one output per step.
 
-    Raises `InvalidRequest` if log-probabilities are asked for: `generate` has none to give.
+    Raises `InvalidRequest` if the request wants log-probabilities, which this loop does not have.
     """
     if request.params.logprobs is not None:
         raise InvalidRequest("logprobs need the engine; leave them out here", param="logprobs")
@@ -179,7 +179,7 @@ def _outputs(model: PreTrainedModel, request: Request) -> Iterator[TokenOutput]:
 
 
 def stream_ids(model: PreTrainedModel, request: Request) -> Generator[int, None, None]:
-    """The ids of one request run alone; whoever reads them decides when it ends."""
+    """Yield the ids of one request that runs alone. The caller decides when the reply ends."""
     ids = torch.tensor([request.prompt_ids], device=model.device)
     steps = cast(Any, model).generate(
         ids,
@@ -195,16 +195,16 @@ def stream_ids(model: PreTrainedModel, request: Request) -> Generator[int, None,
 
 
 def _generation_config(model: PreTrainedModel, request: Request) -> GenerationConfig:
-    """The request's parameters as transformers' processors read them.
+    """The request's parameters, in the form that transformers' processors read.
 
-    A parameter that is off gets its neutral value: transformers fills a None with the checkpoint's
-    or its own default.
+    An unused parameter gets its neutral value, because transformers replaces None by a default of
+    the checkpoint or its own.
     """
     params = request.params
     table = {**ADJUST, **RESTRICT}
     values = {n: p.value(n, params) for n, p in table.items() if n not in NOT_IN_TRANSFORMERS}
     biases = values.pop("logit_bias")
-    if params.greedy:  # greedy search reads neither, but warns of values other than its defaults
+    if params.greedy:  # unused, but transformers warns of values that are not its defaults
         values |= {"top_k": 50, "min_p": None}
     config = copy.deepcopy(model.generation_config) or GenerationConfig()
     config.update(

@@ -1,4 +1,4 @@
-"""How much memory is free, and what fits into it."""
+"""Free memory, and how many slots fit into it."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ import torch
 
 from stream_generator.errors import CheckpointError
 
-MOST_SLOTS = 32
-FEWEST_SLOTS = 4  # before that, slots are made shorter
-SHORTEST_CONTEXT = 2048
-MEMORY_SHARE = {"cpu": 0.4, "cuda": 0.8}  # of what is free once the model is loaded
+MAX_SLOTS = 32
+TARGET_SLOTS = 4  # if fewer fit, slots get shorter, down to `MIN_CONTEXT`
+MIN_CONTEXT = 2048
+MEMORY_SHARE = {"cpu": 0.4, "cuda": 0.8}  # for slots, of the memory that a loaded model leaves free
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device now."""
+    """The number of bytes that are free on a device now."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
@@ -22,7 +22,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def refuse_if_too_large(what: Path, size: int, free: int, remedy: str = "") -> None:
-    """Raise `CheckpointError`, with the numbers, where `size` bytes of weights do not fit.
+    """Raise `CheckpointError` if weights of `size` bytes do not fit into `free` bytes.
 
     remedy: what to use instead; by default another machine or model.
     """
@@ -40,15 +40,16 @@ def slots_and_context(
     max_concurrent: int | None,
     max_context: int | None,
 ) -> tuple[int, int]:
-    """How many slots, and how long, fit into the memory that is free now."""
+    """The number of slots that fit into the free memory, and their length in tokens.
+
+    token_bytes: the bytes of one token's keys and values. Raises `CheckpointError` if too few fit.
+    """
     free = free_memory(device)
     budget = int(free * MEMORY_SHARE.get(device.type, 0.4))
-    wanted = max_concurrent or FEWEST_SLOTS
-    while (
-        not max_context and context > SHORTEST_CONTEXT and wanted * context * token_bytes > budget
-    ):
-        context = max(context // 2, SHORTEST_CONTEXT)
-    slots = max_concurrent or min(MOST_SLOTS, max(1, budget // (context * token_bytes)))
+    wanted = max_concurrent or TARGET_SLOTS
+    while not max_context and context > MIN_CONTEXT and wanted * context * token_bytes > budget:
+        context = max(context // 2, MIN_CONTEXT)
+    slots = max_concurrent or min(MAX_SLOTS, max(1, budget // (context * token_bytes)))
     if slots * context * token_bytes > free:
         raise CheckpointError(
             f"{slots} requests of {context} tokens need {slots * context * token_bytes / 1e9:.1f} "

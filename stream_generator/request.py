@@ -1,4 +1,4 @@
-"""One request's whole state, and what comes out of it. No torch here."""
+"""The state of one request, and its outputs. Does not import torch."""
 
 import time
 from collections.abc import Collection
@@ -17,24 +17,27 @@ class RequestStatus(StrEnum):
     """How far a request has come."""
 
     WAITING = "waiting"  # for a slot
-    PREFILL = "prefill"  # its prompt is computed
-    DECODE = "decode"  # it gets a new id in every step
+    PREFILL = "prefill"  # the engine computes its prompt
+    DECODE = "decode"  # each step computes its next id
     FINISHED = "finished"
 
 
 class FinishReason(StrEnum):
     """Why a request has finished."""
 
-    STOP = "stop"  # an end-of-sequence id or a stop string
-    LENGTH = "length"  # max_new_tokens, the context is full, or its time is over
-    ABORT = "abort"  # the reader left
+    STOP = "stop"  # an end id or a stop string
+    LENGTH = "length"  # max_new_tokens, the end of the context, or the time limit
+    ABORT = "abort"  # the client ended it
     ERROR = "error"  # computing failed
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The id that a step chose. If asked for: its log-probability and the likeliest ids' own, from
-    the model's own distribution, before any processor."""
+    """The id that a step chose, with log-probabilities if the request wants them.
+
+    alternatives: the most likely ids and their log-probabilities. All log-probabilities are those
+    of the model's own distribution, before any processor.
+    """
 
     token_id: int
     logprob: float | None = None
@@ -43,9 +46,9 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """What one step added to a request. The last one of a request has a `finish_reason`.
+    """What one step added to a reply. The last output of a request has a `finish_reason`.
 
-    Without a `choice`, nothing was shown of what was chosen: an end id, or no step at all.
+    `choice` is None if the step chose an end id, or if the request finished without a step.
     """
 
     delta: str
@@ -55,18 +58,17 @@ class TokenOutput:
 
 @dataclass(frozen=True, slots=True)
 class QueuePosition:
-    """How many requests are still before this one."""
+    """The place of a request in the queue, from 1."""
 
     position: int
 
 
 @dataclass(eq=False)
 class Request:
-    """One request: its prompt, its parameters, and all that changes while it runs.
+    """One request: its prompt, its parameters, and all state that changes while it runs.
 
-    `params` are resolved: no gap that matters is left (see `SamplingParams.resolved`).
-    Invariant: `text` is the joined deltas of all outputs, and once `finish_reason` is set nothing
-    changes any more.
+    `params` are resolved (see `SamplingParams.resolved`). Invariant: `text` is the joined deltas
+    of all outputs. Once `finish_reason` is set, nothing changes any more.
     """
 
     id: str
@@ -80,12 +82,12 @@ class Request:
     finish_reason: FinishReason | None = None
     error: StreamGeneratorError | None = None
     abort_requested: bool = False
-    slot: int | None = None  # its row in the cache, while it runs
-    num_computed_tokens: int = 0  # how many of its ids have their keys and values there
-    num_cached_tokens: int = 0  # how many of its prompt were there when it came
-    generator: Any = None  # the request's own torch.Generator
-    number: float | None = None  # what it has drawn for its next id, until that id is taken
-    deadline: float | None = None  # by time.monotonic(): no token begins after it
+    slot: int | None = None  # where the cache holds its keys and values, while it runs
+    num_computed_tokens: int = 0  # ids whose keys and values are in the slot
+    num_cached_tokens: int = 0  # prompt ids that the prefix cache provided
+    generator: Any = None  # a torch.Generator of this request alone
+    uniform: float | None = None  # drawn for the next id; kept until that id is appended
+    deadline: float | None = None  # by time.monotonic(); the first token after it is the last
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None
     first_token_at: float | None = None
@@ -97,17 +99,17 @@ class Request:
 
     @property
     def text(self) -> str:
-        """All of the reply so far."""
+        """The text of the reply so far."""
         return "".join(self.deltas)
 
     @property
     def all_ids(self) -> list[int]:
-        """Prompt and reply so far."""
+        """The ids of the prompt and of the reply so far."""
         return self.prompt_ids + self.output_ids
 
     @property
     def status(self) -> RequestStatus:
-        """How far it has come."""
+        """How far the request has come."""
         if self.finish_reason is not None:
             return RequestStatus.FINISHED
         if self.started_at is None:
@@ -116,7 +118,7 @@ class Request:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """How many ids of the prompt are still to be computed."""
+        """How many prompt ids are not computed yet."""
         return max(len(self.prompt_ids) - self.num_computed_tokens, 0)
 
     @cached_property
@@ -126,29 +128,28 @@ class Request:
 
     @property
     def is_late(self) -> bool:
-        """Whether its time is over."""
+        """Whether the time limit has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
     @property
     def is_full(self) -> bool:
-        """Whether the length limit, or the end of the context, is reached."""
-        length = len(self.output_ids)
+        """Whether the reply has reached `max_new_tokens` or the end of the context."""
         limit = self.params.max_new_tokens
-        return (limit is not None and length >= limit) or length + len(
-            self.prompt_ids
-        ) >= self.context_length
+        if limit is not None and len(self.output_ids) >= limit:
+            return True
+        return len(self.prompt_ids) + len(self.output_ids) >= self.context_length
 
     def start(self, slot: int, cached: int) -> None:
-        """Its turn has come: row `slot` is its own, with `cached` of its prompt ids computed."""
+        """Start the request in `slot`, which holds the keys and values of `cached` prompt ids."""
         self.started_at = time.monotonic()
         self.slot, self.num_computed_tokens, self.num_cached_tokens = slot, cached, cached
 
     def append(self, choice: Choice) -> TokenOutput:
-        """Take the id that was computed last. The one place that decides how a request ends.
+        """Append the newest id, and decide whether the reply is finished.
 
-        An end id ends it and is neither shown nor counted.
+        An end id finishes the reply; it is neither delivered nor counted.
         """
-        token_id, self.number = choice.token_id, None
+        token_id, self.uniform = choice.token_id, None
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
         if token_id in self.all_end_ids:
@@ -164,13 +165,13 @@ class Request:
         return TokenOutput(delta, choice)
 
     def abort(self) -> TokenOutput:
-        """Finish it because its client wants no more of it."""
+        """Finish the request because its client ended it."""
         return self._finish(FinishReason.ABORT, flush=False)
 
     def fail(self, error: StreamGeneratorError) -> TokenOutput:
-        """Finish it because computing failed; `error` is raised at the reader's."""
+        """Finish the request because computing failed. Its reader gets `error` as an exception."""
         self.error = error
-        return self._finish(FinishReason.ERROR, flush=False)  # flushing is what may have failed
+        return self._finish(FinishReason.ERROR, flush=False)  # the flush may be what failed
 
     def _finish(
         self,

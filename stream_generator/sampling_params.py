@@ -1,8 +1,8 @@
-"""How one reply is to be sampled: a frozen record, bounded and validated once.
+"""How one reply is sampled: a frozen record that is validated once.
 
-The names and meanings are transformers'; OpenAI's where transformers has none (the two count
-penalties, `logit_bias`, `stop`). The bounds written here are the only ones in the project: the
-HTTP bodies inherit them, and `GET /` publishes them.
+Names and meanings are transformers'. Frequency and presence penalties, `logit_bias` and `stop` are
+OpenAI's, because transformers has none. The project has no other bounds than these: the HTTP bodies
+inherit them, and `GET /` publishes them.
 """
 
 from typing import Annotated, Any, Self
@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 DEFAULT_TEMPERATURE = 0.6
 DEFAULT_TOP_P = 0.9
 DEFAULT_MAX_NEW_TOKENS = 1024
-LOWEST_TEMPERATURE = 0.01  # below it, logits divided by it leave float32's range
+LOWEST_TEMPERATURE = 0.01  # logits divided by a lower value leave float32's range
 
-# These restrict a random draw and have no effect together with `do_sample: false`.
+# Parameters of a random draw. They have no effect with `do_sample: false`.
 DRAW_FIELDS = ("temperature", "top_k", "top_p", "min_p", "typical_p")
 
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
@@ -23,7 +23,7 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class SamplingParams(BaseModel):
-    """Sampling parameters; `None` means: as the checkpoint's generation config says.
+    """Sampling parameters. `None` means: use the value of the checkpoint's generation config.
 
     Raises pydantic's `ValidationError` for a value out of bounds or of the wrong type, for an
     unknown name, and for parameters that contradict each other.
@@ -47,7 +47,7 @@ class SamplingParams(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**63)
     stop: tuple[StopString, ...] | None = Field(None, max_length=16)
     stop_token_ids: tuple[TokenId, ...] | None = Field(None, max_length=64)
-    logprobs: int | None = Field(None, ge=0, le=20, description="alternatives to tell for each id")
+    logprobs: int | None = Field(None, ge=0, le=20, description="alternatives to report per id")
 
     @field_validator("stop", "stop_token_ids", mode="before")
     @classmethod
@@ -72,14 +72,14 @@ class SamplingParams(BaseModel):
                 f"not {self.temperature}"
             )
         if self.do_sample is False:
-            idle = [name for name in DRAW_FIELDS if getattr(self, name) is not None]
-            if idle and not (idle == ["temperature"] and self.temperature == 0):
+            unused = [name for name in DRAW_FIELDS if getattr(self, name) is not None]
+            if unused and not (unused == ["temperature"] and self.temperature == 0):
                 raise ValueError(
-                    f"do_sample is false, so {', '.join(idle)} would have no effect; leave out "
-                    "one or the other"
+                    f"do_sample is false, so {', '.join(unused)} would have no effect; leave out "
+                    "either do_sample or those parameters"
                 )
         if self.do_sample and self.temperature == 0:
-            raise ValueError("temperature 0 is greedy; leave out do_sample or raise temperature")
+            raise ValueError("temperature 0 is greedy; leave out do_sample, or raise temperature")
         least, most = self.min_new_tokens, self.max_new_tokens
         if least is not None and most is not None and least > most:
             raise ValueError(f"min_new_tokens ({least}) must not exceed max_new_tokens ({most})")
@@ -87,14 +87,14 @@ class SamplingParams(BaseModel):
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is taken and nothing is drawn."""
+        """Whether each step takes the most likely token and draws nothing."""
         return self.do_sample is False or self.temperature == 0
 
     def resolved(self, defaults: "SamplingParams", *, room: int, seed: int) -> "SamplingParams":
-        """What is really used, every gap filled: by `defaults`, `room` (tokens that the context
-        still holds) and `seed`.
+        """The parameters that a request uses: gaps are filled by `defaults`, constants and `seed`.
 
-        A greedy result names no parameter of the draw. `max_new_tokens` is at most `room`.
+        `max_new_tokens` is at most `room`, the number of tokens that the context still holds. A
+        greedy result has no parameters of the draw.
         """
         given = self.model_dump(exclude_none=True)
         filled = defaults.model_dump(exclude_none=True) | given
@@ -120,5 +120,5 @@ class SamplingParams(BaseModel):
 
 
 def _is_token_id(key: object) -> bool:
-    # One spelling for each, so that no two keys mean the same id.
+    # An id has only one spelling, so no two keys mean the same id.
     return isinstance(key, str) and len(key) < 10 and key.isdecimal() and str(int(key)) == key

@@ -1,25 +1,25 @@
-"""How many threads compute, and how they wait. It must be settled before torch is imported."""
+"""The number of computing threads, and how they wait. Set both before torch is imported."""
 
 import os
 from pathlib import Path
 
 import psutil
 
-SYSTEM = Path("/")  # where Linux describes processors and limits
+SYSTEM = Path("/")  # the directory of Linux's proc and sys
 
 
 def settle_threads(threads: int | None = None) -> int:
-    """Set how many threads torch computes on, and how they wait for each other; return how many.
+    """Set and return the number of threads that torch computes on, and set how they wait.
 
-    threads: by default what OMP_NUM_THREADS says, or else `usable_cores`.
+    threads: by default OMP_NUM_THREADS, or else `usable_cores`.
 
-    Torch and its libraries read the environment when they are imported, so call this first. The
-    threads wait less busily than GNU OpenMP's default, unless the environment says how: with that
-    default one busy neighbour slows each token twentyfold (docs/performance.md).
+    Torch and its libraries read the environment when they are imported, so call this first. Threads
+    spin for a shorter time than GNU OpenMP's default, unless the environment sets a policy. With
+    the default, one busy neighbour slows each token twentyfold (docs/performance.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    # OpenMP takes a list, for teams within teams; torch has one level.
+    # The variable may be a list, for nested teams; torch has one level.
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if threads is None:
         threads = int(wanted) if wanted.isdecimal() and int(wanted) > 0 else usable_cores()
@@ -28,10 +28,10 @@ def settle_threads(threads: int | None = None) -> int:
 
 
 def usable_cores(system: Path = SYSTEM) -> int:
-    """Count the physical cores that this process may use, by affinity and control group; >= 1.
+    """Count the physical cores that affinity and control groups let this process use; at least 1.
 
-    Two hyperthreads of a core count once: they share its arithmetic units. Half a core of a limit
-    does not count: a thread that is stopped in the middle holds up all the others.
+    Two hyperthreads count as one core, because they share its arithmetic units. A limit is rounded
+    down to whole cores, because a thread that is stopped half of the time delays all threads.
     """
     process = psutil.Process()
     if hasattr(process, "cpu_affinity"):  # Linux, Windows
@@ -43,7 +43,7 @@ def usable_cores(system: Path = SYSTEM) -> int:
 
 
 def _core(system: Path, processor: int) -> str:
-    """The core of a processor, named by the processors that share it."""
+    """The name of a processor's core: the list of processors that share the core."""
     topology = system / f"sys/devices/system/cpu/cpu{processor}/topology"
     try:
         return (topology / "thread_siblings_list").read_text().strip()
@@ -52,7 +52,7 @@ def _core(system: Path, processor: int) -> str:
 
 
 def _quotas(system: Path) -> list[float]:
-    """The limits, in processors, of the control groups that hold this process.
+    """The limits, in processors, of the control groups that this process is in.
 
     Source: Linux, Documentation/admin-guide/cgroup-v2.rst (cpu.max), and
     Documentation/scheduler/sched-bwc.rst for version 1.
@@ -67,11 +67,11 @@ def _quotas(system: Path) -> list[float]:
         if controllers and "cpu" not in controllers.split(","):
             continue
         mounts = system / "sys/fs/cgroup"
-        # Version 1: "cpu" is mostly a link to "cpu,cpuacct", but not everywhere.
+        # In version 1, "cpu" is often a link to "cpu,cpuacct", but not on every system.
         tops = [mounts / "cpu", mounts / controllers] if controllers else [mounts]
         top = next((t for t in tops if t.is_dir()), mounts)
         inner = top / path.strip("/")
-        # In a container the path may be the host's; its own group is then at the top.
+        # In a container the path may be the host's; the container's group is then at the top.
         for directory in (inner, *inner.parents):
             if directory.is_relative_to(top):
                 found += _quota(directory)
@@ -79,7 +79,7 @@ def _quotas(system: Path) -> list[float]:
 
 
 def _quota(directory: Path) -> list[float]:
-    """The limit of one control group, or none."""
+    """The limit of one control group, or an empty list."""
     try:
         if (directory / "cpu.max").exists():
             quota, period = (directory / "cpu.max").read_text().split()

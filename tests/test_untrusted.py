@@ -125,7 +125,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "pickled weights": (pickled(dict), "--allow-pickle"),
     "a template that loops": (
         text("chat_template.jinja", "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3),
-        "does not come to an end",
+        "never finishes",
     ),
     "a template that loops in a long conversation": (
         text(
@@ -133,14 +133,14 @@ HARMS: dict[str, tuple[Harm, str]] = {
             "{% if messages|length > 5 %}" + "{% for i in range(99999) %}" * 3
             + "{% endfor %}" * 3 + "{% endif %}",
         ),
-        "does not come to an end",
+        "never finishes",
     ),
-    "a template with a power": (text("chat_template.jinja", "{{ 9**(9**9) }}"), "to an end"),
+    "a template with a power": (text("chat_template.jinja", "{{ 9**(9**9) }}"), "never finishes"),
     "a template with a large product": (
-        text("chat_template.jinja", "{{ (range(99999)|list * 30000)|sum }}"), "to an end",
+        text("chat_template.jinja", "{{ (range(99999)|list * 30000)|sum }}"), "never finishes",
     ),
     "a template that makes a book": (
-        text("chat_template.jinja", "{{ 'word ' * 1000000 }}"), "does not come to an end",
+        text("chat_template.jinja", "{{ 'word ' * 1000000 }}"), "never finishes",
     ),
     "cut off weights": (raw_weights(lambda data: data[:5000]), "incomplete metadata"),
     "weights cut off early": (raw_weights(lambda data: data[:50]), "invalid header length"),
@@ -194,7 +194,7 @@ def test_an_ordinary_template_runs_a_small_part_of_what_is_allowed() -> None:
 def test_a_template_that_calls_itself_refuses_every_chat(model: Path) -> None:
     text("chat_template.jinja", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}")(model)
     chat = load_checkpoint(str(model)).chat
-    with pytest.raises(InvalidRequest, match="template refuses"):
+    with pytest.raises(InvalidRequest, match="template rejects"):
         chat.encode([{"role": "user", "content": "hi"}])
 
 

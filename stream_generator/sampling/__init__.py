@@ -1,5 +1,5 @@
-"""Logits to ids.
+"""Logits to ids, for all rows of a step at once.
 
-The one draw of the project, and all rows of a step at once. Knows requests and their parameters,
-and nothing of models. Start with `sampler.draw`.
+Holds the project's only draw. Knows requests and their parameters, but not models. Start with
+`sampler.draw`.
 """

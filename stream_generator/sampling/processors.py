@@ -45,10 +45,10 @@ class CountPenalty(LogitsProcessor):  # type: ignore[misc]
 
 
 class ForbidIds(LogitsProcessor):  # type: ignore[misc]
-    """Forbid some ids.
+    """Forbids some ids.
 
-    transformers' own processor for a minimum length compares the whole vocabulary with the end ids
-    at each step.
+    In transformers, the processor for a minimum length compares the whole vocabulary with the end
+    ids in each step. This one does not.
     """
 
     def __init__(self, ids: list[int]):
@@ -63,8 +63,8 @@ class ForbidIds(LogitsProcessor):  # type: ignore[misc]
 class Parameter(NamedTuple):
     """One sampling parameter.
 
-    neutral: the value that changes nothing. processor: makes the processor for another value,
-    transformers' own where it has one; None if a request needs none at this step.
+    neutral: the value that changes nothing. processor: makes the processor for any other value,
+    or returns None if a request needs none in this step.
     """
 
     neutral: Any
@@ -85,7 +85,7 @@ def _minimum_length(length: int, request: Request) -> LogitsProcessor | None:
     return ForbidIds(sorted(request.all_end_ids))
 
 
-# What adjusts the scores of greedy and sampled rows alike, in transformers' order.
+# Parameters that adjust the scores of greedy and sampled rows, in transformers' order.
 ADJUST: Mapping[str, Parameter] = {
     "logit_bias": Parameter({}, _bias),
     "repetition_penalty": Parameter(1.0, lambda v, _: RepetitionPenaltyLogitsProcessor(v)),
@@ -94,7 +94,7 @@ ADJUST: Mapping[str, Parameter] = {
     "frequency_penalty": Parameter(0.0, lambda v, r: CountPenalty(r, frequency=v)),
     "presence_penalty": Parameter(0.0, lambda v, r: CountPenalty(r, presence=v)),
 }
-# What restricts a draw, in transformers' order. Greedy rows ignore these.
+# Parameters that restrict a draw, in transformers' order. Greedy rows ignore them.
 RESTRICT: Mapping[str, Parameter] = {
     "temperature": Parameter(1.0, lambda v, _: TemperatureLogitsWarper(v)),
     "top_k": Parameter(0, lambda v, _: TopKLogitsWarper(v)),
@@ -103,13 +103,12 @@ RESTRICT: Mapping[str, Parameter] = {
     "typical_p": Parameter(1.0, lambda v, _: TypicalLogitsWarper(v)),
 }
 
-
-# transformers has no processors for these; its `generate` must be given ours.
+# Parameters for which transformers has no processors: its `generate` gets ours.
 NOT_IN_TRANSFORMERS = {name: ADJUST[name] for name in ("frequency_penalty", "presence_penalty")}
 
 
 def processors(table: Mapping[str, Parameter], request: Request) -> LogitsProcessorList:
-    """The processors of a table that a request needs at this step; often none."""
+    """The processors of `table` that a request needs in this step; often none."""
     needed = [
         parameter.processor(value, request)
         for name, parameter in table.items()

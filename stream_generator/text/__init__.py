@@ -1,5 +1,5 @@
 """Messages to ids, and ids to text.
 
-Chat templates and their guard against forged turns, the detokenizer, stop strings. No torch, and
-nothing of models or requests. Start with `detokenizer`.
+Holds chat templates and their guard against forged turns, the detokenizer and stop strings. Does
+not import torch, and knows nothing of models or requests. Start with `detokenizer`.
 """

@@ -1,4 +1,4 @@
-"""Messages to prompt ids: the checkpoint's own chat template, and no way to forge a turn."""
+"""Messages to prompt ids, by the checkpoint's chat template. No message can forge a turn."""
 
 import bisect
 import contextlib
@@ -15,22 +15,23 @@ from jinja2 import Environment, TemplateSyntaxError, nodes
 
 from stream_generator.errors import CheckpointError, InvalidRequest
 
-# Private-use characters: no script needs them, and templates pass them through untouched.
+# Characters that mark control tokens in messages: no script uses them, and templates keep them.
 _PRIVATE_USE = range(0xE000, 0xF8FF)
 
-
-# Of lines of a template, as it is compiled to Python, a prompt of a few words runs some hundreds.
-MOST_LINES, MOST_CHARACTERS = 100_000, 1_000_000
-LARGEST_FACTOR = 10_000  # that a template may multiply with: one operation can take without end
-TEMPLATE_FILE = "<template>"  # where Jinja says that its compiled code comes from
-ENDLESS = (
-    "the checkpoint's chat template does not come to an end; take it from the model's own page, or "
-    "remove it (chat_template.jinja, or chat_template in tokenizer_config.json)"
+# Limits for short conversations. An ordinary template runs a few hundred lines, counted in the
+# Python that Jinja compiles it to.
+MAX_TEMPLATE_LINES, MAX_PROMPT_CHARACTERS = 100_000, 1_000_000
+MAX_FACTOR = 10_000  # in a template's products: a single larger product may never finish
+TEMPLATE_FILE = "<template>"  # the file name that Jinja gives to compiled templates
+RUNAWAY_TEMPLATE = (
+    "the checkpoint's chat template never finishes, or its prompts are far too long; take the "
+    "template from the model's own page, or remove it (chat_template.jinja, or chat_template in "
+    "tokenizer_config.json)"
 )
 
 
-class _TooLong(BaseException):
-    """Not an `Exception`, which a template's are taken for."""
+class _TooManyLines(BaseException):
+    """A template runs too long. Not an `Exception`, because `_apply_template` catches those."""
 
 
 class Message(TypedDict):
@@ -42,7 +43,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Prompt:
-    """Prompt ids, and how much of the conversation they leave out."""
+    """Prompt ids, and how many messages and tokens were trimmed."""
 
     ids: list[int]
     trimmed_messages: int = 0
@@ -50,11 +51,11 @@ class Prompt:
 
 
 class ChatFormat:
-    """Renders conversations with the chat template that came with the checkpoint.
+    """Renders conversations with the checkpoint's chat template.
 
-    An ordinary conversation gets exactly the ids of `tokenizer.apply_chat_template`. One whose
-    text contains the name of a control token (say `<|eot_id|>`) gets that name as plain text, so
-    that nobody can end a turn, or begin one, from inside a message.
+    An ordinary conversation gets exactly the ids of `tokenizer.apply_chat_template`. If a message
+    contains the name of a control token (say `<|eot_id|>`), the name is encoded as plain text, so
+    no message can end a turn or begin one.
     """
 
     def __init__(self, tokenizer: Any):
@@ -62,31 +63,31 @@ class ChatFormat:
         added = list(tokenizer.added_tokens_decoder.values())
         template = str(tokenizer.chat_template or "")
         self._special = {token.content: token for token in added if token.special}
-        # Some checkpoints do not flag their turn tokens as special; the template gives them away.
-        flagged_nowhere = [
+        # Some checkpoints do not flag their turn tokens as special, but their templates name them.
+        unflagged = [
             token.content
             for token in added
             if not token.special and token.content in template and not token.content.isspace()
         ]
-        self._special_pattern = _any_of(self._special)
-        self._control_pattern = _any_of([*self._special, *flagged_nowhere])
+        self._special_pattern = _alternation(self._special)
+        self._control_pattern = _alternation([*self._special, *unflagged])
 
     @property
     def can_chat(self) -> bool:
-        """Whether there is a format at all: base models have none."""
+        """Whether there is a chat format. Base models have none."""
         return bool(self._tokenizer.chat_template)
 
     def describe(self) -> str:
-        """Where the format came from, for a person."""
-        return "the checkpoint's own" if self.can_chat else "none, so it can only continue texts"
+        """The origin of the chat format, in words."""
+        return "the checkpoint's own" if self.can_chat else "none, so only completions work"
 
     def fit(self, messages: list[Message], context_length: int) -> Prompt:
-        """The prompt of `messages`, without the oldest turns where the context would be too full.
+        """The prompt of `messages`, trimmed to leave an eighth of the context for the reply.
 
-        An eighth of the context at least is left for the reply. System messages at the beginning
-        stay, and so does the last turn, whatever its length. What goes, goes by quarters of the
-        context: so the turns of a growing conversation begin alike until another quarter must go,
-        and what is computed of the one serves the next. Raises as `encode` does.
+        Trimming removes the oldest turns. System messages at the beginning stay, and so does the
+        last turn, even if the prompt is still too long. The amount to remove is rounded up to whole
+        quarters of the context, so successive prompts of a conversation share a prefix, and the
+        prefix cache serves it. Raises as `encode` does.
         """
         ids = self.encode(messages)
         excess = len(ids) - context_length * 7 // 8
@@ -98,82 +99,78 @@ class ChatFormat:
         goal = len(ids) - math.ceil(excess / quarter) * quarter
 
         @functools.cache
-        def without(start: int) -> list[int]:
+        def encode_from(start: int) -> list[int]:
             return self.encode(messages[:head] + messages[start:])
 
-        first = bisect.bisect_left(starts, True, key=lambda start: len(without(start)) <= goal)
+        first = bisect.bisect_left(starts, True, key=lambda start: len(encode_from(start)) <= goal)
         start = starts[min(first, len(starts) - 1)]
-        kept = without(start)
+        kept = encode_from(start)
         return Prompt(kept, start - head, len(ids) - len(kept))
 
     def encode(self, messages: list[Message]) -> list[int]:
-        """The prompt ids of `messages`, ready for the assistant's reply.
+        """The prompt ids of `messages`, up to where the assistant's reply begins.
 
-        A conversation that ends in an assistant turn is continued: the prompt ends inside it.
-        Raises `InvalidRequest` if there is no template, or the template refuses the messages.
+        If the last message is the assistant's, the prompt ends inside it: the reply continues it.
+        Raises `InvalidRequest` if there is no template, or the template rejects the messages.
         """
         if not self.can_chat:
             raise InvalidRequest(
-                "this is a base model: it has no chat template, and can only continue a text "
-                "(/v1/completions); to chat, serve an instruct model",
+                "this is a base model, which has no chat template; send a text to /v1/completions, "
+                "or serve an instruct model",
                 param="messages",
             )
-        patterns = [(self._pattern_for(message), message["content"]) for message in messages]
-        if not any(pattern and pattern.search(content) for pattern, content in patterns):
-            ids: list[int] = self._apply_template(messages, tokenize=True)
-            return ids
-        return self._encode_guarded(messages)
+        if any(self._pattern_for(m).search(m["content"]) for m in messages):
+            return self._encode_guarded(messages)
+        ids: list[int] = self._apply_template(messages, tokenize=True)
+        return ids
 
     def check_template(self) -> None:
-        """Try the template on a few conversations, before anybody's request waits for it.
+        """Try the template on a few conversations, before a request depends on it.
 
-        Raises `CheckpointError` where it goes on without end, or makes a book of a few words. One
-        that refuses them (some take no system message) may still take others.
+        Raises `CheckpointError` if the template runs too long or its prompt is too long. A template
+        may reject some conversations: for example, not every template has system messages.
         """
-        _refuse_large_operations(str(self._tokenizer.chat_template or ""))
+        _reject_large_operations(str(self._tokenizer.chat_template or ""))
         turns: list[Message] = [
             {"role": role, "content": "Hello."} for role in ("system", "user", "assistant", "user")
         ]
         long = [*turns, *turns[2:] * 20]
         for messages in ([turns[1]], turns[:2], turns[1:3], turns, long):
-            with contextlib.suppress(InvalidRequest), _at_most(MOST_LINES):
-                if len(self._apply_template(messages, tokenize=False)) > MOST_CHARACTERS:
-                    raise CheckpointError(ENDLESS)
+            with contextlib.suppress(InvalidRequest), _line_limit(MAX_TEMPLATE_LINES):
+                if len(self._apply_template(messages, tokenize=False)) > MAX_PROMPT_CHARACTERS:
+                    raise CheckpointError(RUNAWAY_TEMPLATE)
 
-    def _pattern_for(self, message: Message) -> re.Pattern[str] | None:
-        """What must not be read in a message. A reply's own <think> is its template's business."""
+    def _pattern_for(self, message: Message) -> re.Pattern[str]:
+        """Matches the names to break up. Replies keep unflagged tokens, such as `<think>`."""
         assistant = message["role"] == "assistant"
         return self._special_pattern if assistant else self._control_pattern
 
     def _encode_guarded(self, messages: list[Message]) -> list[int]:
-        """Break control tokens inside messages by a marker, render, and encode piece by piece."""
-        plain, split = _unused_characters("".join(m["content"] for m in messages))
+        """Break up control tokens in messages by a mark, render, and encode piece by piece."""
+        special_mark, unflagged_mark = _unused_characters("".join(m["content"] for m in messages))
 
         def break_up(match: re.Match[str]) -> str:
             name = match.group()
-            return name[0] + (plain if name in self._special else split) + name[1:]
+            mark = special_mark if name in self._special else unflagged_mark
+            return name[0] + mark + name[1:]
 
-        broken: list[Message] = []
-        for message in messages:
-            pattern = self._pattern_for(message)
-            content = message["content"]
-            broken.append(
-                {**message, "content": pattern.sub(break_up, content) if pattern else content}
-            )
+        broken: list[Message] = [
+            {**m, "content": self._pattern_for(m).sub(break_up, m["content"])} for m in messages
+        ]
         rendered: str = self._apply_template(broken, tokenize=False)
         ids: list[int] = []
-        after = None  # the control token before the piece at hand
-        for piece in _split_keeping(rendered, self._special_pattern):
+        previous = None  # the control token directly before the piece
+        for piece in filter(None, re.split(f"({self._special_pattern.pattern})", rendered)):
             token = self._special.get(piece)
             if token is not None:
                 ids.append(self._tokenizer.convert_tokens_to_ids(piece))
             else:
-                # What the tokenizer itself would strip around such a token.
-                text = piece.lstrip() if after is not None and after.rstrip else piece
-                # Unflagged tokens would still be matched in plain text: encode their halves apart.
-                for part in text.replace(plain, "").split(split):
+                # As the tokenizer does: remove white space after a token that has `rstrip`.
+                text = piece.lstrip() if previous is not None and previous.rstrip else piece
+                # Plain text may form unflagged tokens, so their halves are encoded separately.
+                for part in text.replace(special_mark, "").split(unflagged_mark):
                     ids += self._encode_plain(part)
-            after = token
+            previous = token
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -192,16 +189,16 @@ class ChatFormat:
                 continue_final_message=continues,
                 return_dict=False,
             )
-        except Exception as error:  # whatever the checkpoint's own program raises
+        except Exception as error:  # a template is a program, and may raise anything
             raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", param="messages"
+                f"the model's chat template rejects these messages: {error}", param="messages"
             ) from error
 
 
 class MetaChatFormat(ChatFormat):
-    """Llama 3's own format, for Meta's layout, which has no template.
+    """Llama 3's chat format, for Meta's layout, which has no template.
 
-    Each piece of text is encoded by itself, and as plain text. Source: Meta's llama-models,
+    Encodes each piece of text by itself, as plain text. Source: Meta's llama-models,
     llama3/chat_format.py.
     """
 
@@ -210,10 +207,10 @@ class MetaChatFormat(ChatFormat):
         return True
 
     def describe(self) -> str:
-        return "built in, as Meta has it"
+        return "built in (Llama 3)"
 
     def check_template(self) -> None:
-        """There is none."""
+        """Do nothing: there is no template."""
 
     def encode(self, messages: list[Message]) -> list[int]:
         ids: list[int] = [self._tokenizer.bos_token_id]
@@ -221,7 +218,7 @@ class MetaChatFormat(ChatFormat):
             ids += [*self._header(message["role"]), *self._encode_plain(message["content"])]
             ids.append(self._id("<|eot_id|>"))
         if messages and messages[-1]["role"] == "assistant":
-            return ids[:-1]  # it is continued
+            return ids[:-1]  # the reply continues this message
         return ids + self._header("assistant")
 
     def _header(self, role: str) -> list[int]:
@@ -233,8 +230,9 @@ class MetaChatFormat(ChatFormat):
         return found
 
 
-def _refuse_large_operations(template: str) -> None:
-    with contextlib.suppress(TemplateSyntaxError):  # it is refused where it is used
+def _reject_large_operations(template: str) -> None:
+    """Raise `CheckpointError` if a template has powers, or products with a large constant."""
+    with contextlib.suppress(TemplateSyntaxError):  # `_apply_template` reports it
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
         factors = [
             side.value
@@ -242,19 +240,19 @@ def _refuse_large_operations(template: str) -> None:
             for side in (product.left, product.right)
             if isinstance(side, nodes.Const) and isinstance(side.value, int)
         ]
-        if any(tree.find_all(nodes.Pow)) or any(f > LARGEST_FACTOR for f in factors):
-            raise CheckpointError(ENDLESS)
+        if any(tree.find_all(nodes.Pow)) or any(f > MAX_FACTOR for f in factors):
+            raise CheckpointError(RUNAWAY_TEMPLATE)
 
 
 @contextlib.contextmanager
-def _at_most(lines: int) -> Iterator[None]:
-    """Let so many lines of a template run."""
+def _line_limit(lines: int) -> Iterator[None]:
+    """Raise `CheckpointError` if templates run more than `lines` lines inside the `with` block."""
 
     def count(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal lines
         lines -= event == "line"
         if lines < 0:
-            raise _TooLong
+            raise _TooManyLines
         return count
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
@@ -264,22 +262,16 @@ def _at_most(lines: int) -> Iterator[None]:
     sys.settrace(trace)
     try:
         yield
-    except _TooLong:
-        raise CheckpointError(ENDLESS) from None
+    except _TooManyLines:
+        raise CheckpointError(RUNAWAY_TEMPLATE) from None
     finally:
         sys.settrace(before)
 
 
-def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
-    """A pattern that finds any of `names`, the longest first; None for none."""
+def _alternation(names: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that matches any of `names`, the longest first; nothing if there are no names."""
     ordered = sorted(filter(None, names), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ordered))) if ordered else None
-
-
-def _split_keeping(text: str, pattern: re.Pattern[str] | None) -> list[str]:
-    if pattern is None:
-        return [text]
-    return [piece for piece in re.split(f"({pattern.pattern})", text) if piece]
+    return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
 
 
 def _unused_characters(text: str) -> tuple[str, str]:
@@ -290,5 +282,5 @@ def _unused_characters(text: str) -> tuple[str, str]:
         return next(free), next(free)
     except StopIteration:
         raise InvalidRequest(
-            "the messages use every private-use character of Unicode", param="messages"
+            "the messages use every private-use character of Unicode; remove some", param="messages"
         ) from None

@@ -1,13 +1,13 @@
-"""Stop strings that never leak, not even their beginning."""
+"""Cut text before a stop string, so that no part of the stop string is delivered."""
 
 from collections.abc import Iterable
 
 
 class StopStrings:
-    """Cuts a stream of deltas before the first stop string that is completed in it.
+    """Cuts a stream of deltas before the stop string that is complete first.
 
-    Text that may be the beginning of a stop string is held back until that is decided. What
-    comes out does not depend on how the text is split into deltas.
+    Text that may begin a stop string is held back until later text decides. The result does not
+    depend on how the text is split into deltas.
     """
 
     def __init__(self, stops: Iterable[str]):
@@ -15,13 +15,13 @@ class StopStrings:
         self._held = ""
 
     def feed(self, delta: str) -> tuple[str, bool]:
-        """Take the next delta; return the text that may be shown, and whether a stop was found."""
+        """Add the next delta. Returns the text to deliver, and whether a stop string was found."""
         if not self._stops:
             return delta, False
         text = self._held + delta
         ends = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
         if ends:
-            _, start = min(ends)  # completed first; of those, the longest
+            _, start = min(ends)  # the stop string that ends first; if two do, the longer one
             self._held = ""
             return text[:start], True
         keep = max((_overlap(text, s) for s in self._stops), default=0)
@@ -29,13 +29,13 @@ class StopStrings:
         return text[: len(text) - keep], False
 
     def flush(self) -> str:
-        """At the end of the text: what was held back turned out to be no stop string."""
+        """Return the text held back, when no more text follows to complete a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    """The length of the longest end of `text` that begins `stop` without completing it."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

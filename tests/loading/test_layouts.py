@@ -196,7 +196,7 @@ def test_metas_layout_chats_in_metas_format(meta: Path) -> None:
     loaded = load_checkpoint(str(meta), "none")
     assert loaded.name == "Meta-Llama-3-Tiny"
     assert "Meta's original layout" in loaded.describe()
-    assert "built in, as Meta has it" in loaded.describe()
+    assert "built in (Llama 3)" in loaded.describe()
     assert (loaded.defaults.temperature, loaded.defaults.top_p) == (0.6, 0.9)
     text = loaded.tokenizer.decode(loaded.chat.encode(MESSAGES))
     assert text == (

@@ -358,7 +358,7 @@ def test_a_base_model_continues_texts_and_says_so_where_it_is_to_chat(
     serve: ServiceFactory,
 ) -> None:
     base = Checkpoint.of(FakeModel(says("abc")), byte_tokenizer(chat_template=None), "base")
-    assert "none, so it can only continue texts" in base.describe()
+    assert "none, so only completions work" in base.describe()
     service = serve(base)
     with client_of(service) as client:
         completion = client.completions.create(model="base", prompt="a", max_tokens=2)

@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     name, _, password = (args.auth or "").partition(":")
     if args.auth and not (name and password):
-        parser.error("--auth wants NAME:PASSWORD")
+        parser.error("--auth must have the form NAME:PASSWORD")
     args.auth = (name, password) if args.auth else None
     return args
 

@@ -5,7 +5,7 @@ import gradio as gr
 from chat_page import parts
 from chat_page.controls import Controls
 from chat_page.markup import LATEX_DELIMITERS
-from chat_page.words import i18n
+from chat_page.words import TEXTS, i18n
 
 
 class Layout:
@@ -16,7 +16,7 @@ class Layout:
 
     def __init__(self) -> None:
         with gr.Blocks(
-            title="Llama 3, streamed", analytics_enabled=False, fill_height=True
+            title=TEXTS["title"][0], analytics_enabled=False, fill_height=True
         ) as self.blocks:
             self.service = gr.State(None)  # `About`, once the service has answered
             self.lane = parts.lane()  # the id of the reply that is being written

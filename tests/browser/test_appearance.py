@@ -138,7 +138,7 @@ def test_every_control_is_reached_by_the_keyboard(visitor: Any) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_serious_violation(visitor: Any, scheme: str) -> None:
     turns = [*talk(RICH), *talk("cut", question="go on")]
-    turns[-1] |= {"problem": "The service is not there.", "figures": {"finish_reason": "length"}}
+    turns[-1] |= {"problem": "Cannot reach the service.", "figures": {"finish_reason": "length"}}
     page = visitor(turns, profile={"color_scheme": scheme, "reduced_motion": "reduce"})
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("checkbox", name="Token view").check()

@@ -60,13 +60,13 @@ def test_a_conversation_can_be_saved_to_a_file_and_loaded_from_it(
 ) -> None:
     page = visitor(talk("Blue <b>and</b> wide."))
     with page.expect_download() as saving:
-        page.get_by_role("button", name="Save .json").click()
+        page.get_by_role("button", name="Export .json").click()
     saved = tmp_path / saving.value.suggested_filename
     saving.value.save_as(saved)
     assert saved.name == "What-is-the-sea.json"
     assert json.loads(saved.read_text())["turns"][1]["content"] == "Blue <b>and</b> wide."
     with page.expect_download() as saving:
-        page.get_by_role("button", name="Save .md").click()
+        page.get_by_role("button", name="Export .md").click()
     assert "## Assistant\n\nBlue <b>and</b> wide." in saving.value.path().read_text()
     other = visitor()
     other.locator(".shelf input[type=file]").set_input_files(saved)
@@ -75,8 +75,8 @@ def test_a_conversation_can_be_saved_to_a_file_and_loaded_from_it(
     wrong = tmp_path / "wrong.json"
     wrong.write_text('{"turns": 3}')
     other.locator(".shelf input[type=file]").set_input_files(wrong)
-    expect(other.get_by_text("not a conversation saved by this page")).to_be_visible()
-    expect(other.get_by_text("This page made a mistake")).to_have_count(0)
+    expect(other.get_by_text("not a conversation that this page exported")).to_be_visible()
+    expect(other.get_by_text("Something went wrong on this page")).to_have_count(0)
     expect(answers(other)).to_contain_text("wide.")
 
 
@@ -92,7 +92,7 @@ def test_opening_another_conversation_ends_the_reply_in_this_one(
     wait_for(lambda: figure(service, "llm_requests_running") == 0)
     with both_places_taken(service):
         send(page, "Never mind.")
-        expect(meters(page).last).to_contain_text("Place 1 in the queue")
+        expect(meters(page).last).to_contain_text("Position 1 in the queue")
         page.locator(".shelf .open", has_text=ASK).click()
         expect(page.locator("#chat .user-row")).to_have_text(re.compile(ASK))
         wait_for(lambda: figure(service, "llm_requests_waiting") == 0)

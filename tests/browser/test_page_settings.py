@@ -71,8 +71,10 @@ def test_numbers_out_of_bounds_are_reported_and_become_the_nearest(visitor: Any)
             field.fill(wrong)
             field.blur()
         expect(field).to_have_value(right)
-    between = ["Between 0 and 5", "Between 0 and 1", "Between 1 and 2048"]
-    expect(page.locator("#right .between")).to_have_text([*between, re.compile("Between 0 and 9")])
+    between = ["Allowed range: 0 to 5", "Allowed range: 0 to 1", "Allowed range: 1 to 2048"]
+    expect(page.locator("#right .between")).to_have_text(
+        [*between, re.compile("Allowed range: 0 to 9")]
+    )
     expect(page.locator(".toast-body")).to_have_count(0)
     page.get_by_label("Maximum tokens").fill("5")
     send(page, "Hello.")

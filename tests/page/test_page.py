@@ -156,7 +156,7 @@ def test_what_is_too_large_to_be_kept_goes_back_into_the_box(
     assert ask(page, message) == {page.layout.box: message}
     full = Conversation(turns=(Turn(role="user", content="hi"),) * MAX_TURNS)
     assert ask(page, "hi", full.model_dump()) == {page.layout.box: "hi"}
-    assert len([text for text in said if "too long to be kept" in text]) == 2
+    assert len([text for text in said if "too long to be saved" in text]) == 2
 
 
 def test_a_message_is_not_edited_away(serve: ServiceFactory) -> None:
@@ -180,7 +180,7 @@ def test_what_gives_nothing_changes_nothing(serve: ServiceFactory) -> None:
 def test_a_service_that_is_away_is_said_and_the_conversation_still_opens() -> None:
     page = page_at("http://127.0.0.1:9")
     shown = outcome(page.events.show(Conversation().asked("hi").model_dump(), None))
-    assert "is not there" in shown[page.layout.status]
+    assert "Cannot reach the service" in shown[page.layout.status]
     assert kept(page, shown) == ["hi"]
 
 
@@ -211,7 +211,7 @@ def test_settings_outlive_a_service_that_was_away(serve: ServiceFactory) -> None
     page = page_at("http://127.0.0.1:9")
     value = Conversation().with_settings(ChatSettings(temperature=0.5)).model_dump()
     away = outcome(page.events.send(value, "hi", None, False, None))
-    assert "is not there" in away[page.layout.status]
+    assert "Cannot reach the service" in away[page.layout.status]
     value = away[page.layout.shelf]
     page = page_at(serve(fake_checkpoint(says("a"))).url)
     back = outcome(page.events.send(value, "hi", None, False, None))

@@ -229,7 +229,7 @@ def test_a_visitor_who_leaves_ends_the_reply(serve: ServiceFactory) -> None:
 def test_what_goes_wrong_is_a_sentence_and_what_had_come_is_kept(serve: ServiceFactory) -> None:
     *_, away = write("http://127.0.0.1:9")
     assert away.turn.problem is not None
-    assert "is not there" in away.turn.problem
+    assert "Cannot reach the service" in away.turn.problem
     assert "llama3_service.py" in away.turn.problem
 
     def breaks(ids: list[int]) -> int:
@@ -243,7 +243,7 @@ def test_what_goes_wrong_is_a_sentence_and_what_had_come_is_kept(serve: ServiceF
     assert "could not reply" in str(broken.turn.problem)
     assert broken.turn.can_go_on
     *_, refused = write(service, Conversation().asked("a" * 2000))
-    assert "does not fit" in str(refused.turn.problem)
+    assert "too long for the model's context" in str(refused.turn.problem)
 
 
 def test_a_key_that_is_missing_and_a_full_queue_have_sentences_of_their_own(

@@ -45,7 +45,7 @@ def test_a_message_that_is_sent_before_the_settings_are_shown_goes_with_them(vis
         """addEventListener("DOMContentLoaded", () => {
             new MutationObserver((_, observer) => {
                 const text = document.querySelector("#box textarea");
-                if (!text || !window.lane) return;
+                if (!text || !window.eventQueue) return;
                 observer.disconnect();
                 text.value = "Early.";
                 text.dispatchEvent(new Event("input"));
@@ -94,7 +94,7 @@ def test_each_conversation_keeps_its_own_preset(visitor: Any) -> None:
     page.get_by_role("button", name="New conversation").click()
     expect(page.get_by_label("System prompt")).to_have_value("")
     expect(page.get_by_label("Preset")).to_have_value("None")
-    page.locator(".shelf .open").click()
+    page.locator(".conversation-list .open").click()
     expect(page.get_by_label("System prompt")).to_have_value(re.compile("as few words"))
     expect(page.get_by_label("Preset")).to_have_value("Brief")
 

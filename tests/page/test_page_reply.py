@@ -141,7 +141,7 @@ def test_a_reply_that_stands_at_the_end_is_continued(serve: ServiceFactory) -> N
 
 def test_tokens_come_with_their_alternatives_if_asked_for(serve: ServiceFactory) -> None:
     service = serve(fake_checkpoint(says("ab")))
-    *_, last = write(service, begun=())
+    *_, last = write(service, prefix_tokens=())
     assert [token.text for token in last.tokens] == ["a", "b"]
     assert len(last.tokens[0].alternatives) >= 4
     *_, last = write(service)

@@ -13,8 +13,7 @@ import signal
 import sys
 import tempfile
 
-# Gradio reads both variables when it is imported. It looks for a free port over IPv4 only, so an
-# IPv6 host must not stay in GRADIO_SERVER_NAME.
+# Gradio reads both variables at import, and can look for a free port only at an IPv4 host.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 HOST = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
 if ":" in HOST:
@@ -38,9 +37,7 @@ demo = Page(
 def main() -> None:
     """Serve the page until the process is interrupted."""
     args = parse_arguments()
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # so that the directory below is removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the directory is removed
     interrupted = contextlib.suppress(KeyboardInterrupt)
     with interrupted, tempfile.TemporaryDirectory(prefix="llm-chat-page-") as empty:
         if args.until_stdin_closes:

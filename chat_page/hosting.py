@@ -63,8 +63,7 @@ def server_address(host: str) -> tuple[str, int]:
 def end_when_stdin_closes() -> None:
     """Raise SIGTERM in the main thread when standard input ends.
 
-    The service holds the other end of the pipe. The system closes the pipe when the service ends,
-    even if it was killed.
+    The service holds the other end of the pipe, which closes even if the service is killed.
     """
 
     def wait() -> None:

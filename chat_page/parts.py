@@ -24,10 +24,7 @@ SEND = """async (seen, _, ...others) => {
     const message = window.box.take();
     return [await window.eventQueue.enter(seen), message, ...others];
 }"""
-OPENED = """async () => {
-    await window.eventQueue.enterFirst();
-    return [window.conversations.opened()];
-}"""
+OPENED = "async () => { await window.eventQueue.open(); return [window.conversations.opened()]; }"
 NEW, CHOSEN, IMPORTED, DELETED = (
     f"async () => {{ await window.eventQueue.enter(); return [window.conversations.{what}()]; }}"
     for what in ("none", "chosen", "imported", "deleted")
@@ -55,12 +52,9 @@ def conversation_list() -> gr.HTML:
         "storage_full", "file_too_large",
     )  # fmt: skip
     return _scripted(
-        "shelf.js",
-        "conversation-list",
-        words=words,
-        max_size=MAX_FILE_CHARACTERS,
+        "shelf.js", "conversation-list", words=words, max_size=MAX_FILE_CHARACTERS,
         changed_settings=None,
-    )
+    )  # fmt: skip
 
 
 def token_view() -> gr.HTML:

@@ -45,10 +45,7 @@ TEXTS = {
     "system_prompt": ("System prompt", "系统提示词"),
     "system_prompt_hint": ("Tell the model how to answer", "告诉模型该怎样回答"),
     "temperature": ("Temperature", "温度"),
-    "temperature_info": (
-        "Higher is more varied; 0 always picks the most likely token",
-        "越高越多样；0 表示总是选概率最高的 token",
-    ),
+    "temperature_info": ("0 always picks the most likely token", "0 表示总选概率最高的 token"),
     "top_p": ("Top-p", "Top-p"),
     "top_k": ("Top-k", "Top-k"),
     "top_k_info": ("0 means no limit", "0 表示不限"),
@@ -59,10 +56,7 @@ TEXTS = {
     "seed": ("Seed", "随机种子"),
     "seed_info": ("Random if empty", "留空则随机"),
     "stop": ("Stop strings", "停止字符串"),
-    "stop_info": (
-        "One per line; the reply ends before any of them",
-        "每行一个，回复遇到任意一个即结束",
-    ),
+    "stop_info": ("One per line; any of them ends the reply", "每行一个，遇到任意一个即结束回复"),
     "between": ("Allowed range: {least} to {greatest}", "可用范围：{least} 至 {greatest}"),
     "reset": ("Reset to the model's defaults", "恢复模型默认值"),
     # tokens
@@ -117,14 +111,12 @@ TEXTS = {
         "服务需要有效的 API 密钥。请联系页面管理员设置 LLAMA3_API_KEY，并重启页面。",
     ),
     "too_long": (
-        "The text is too long for the model's context. Shorten the message, or start a new "
-        "conversation.",
-        "内容超出了模型的上下文长度。请缩短消息，或开始新对话。",
+        "This is too long for the model's context. Shorten it, or start a new conversation.",
+        "内容超出模型的上下文长度。请缩短内容，或开始新对话。",
     ),
     "broken": (
-        "The connection to the service was lost during the reply. The text so far is kept. "
-        "Continue the reply, or try again.",
-        "生成回复时与服务的连接中断。已收到的内容已保留，可以继续生成，也可以重试。",
+        "The connection to the service was lost. Continue from the text so far, or try again.",
+        "与服务的连接已断开。可以从已有内容继续生成，也可以重试。",
     ),
     "refused": ("The service could not reply: {why}", "服务无法回复：{why}"),
     "not_a_conversation": (
@@ -133,9 +125,8 @@ TEXTS = {
     ),
     "no_reply": ("This message has no reply yet.", "这条消息还没有回复。"),
     "too_large": (
-        "This message or conversation is too long to be saved. Shorten the message, or start a new "
-        "conversation.",
-        "消息或对话过长，无法保存。请缩短消息，或开始新对话。",
+        "This is too long to be saved. Shorten the message, or start a new conversation.",
+        "内容过长，无法保存。请缩短消息，或开始新对话。",
     ),
     "failed": (
         "Something went wrong on this page; its log has the details. You see the last saved state.",
@@ -152,9 +143,8 @@ TEXTS = {
     "delete_sure": ("Delete this conversation?", "确定删除这个对话吗？"),
     "import": ("Import .json", "导入 .json"),
     "storage_full": (
-        "The browser's storage is full, so this conversation is not saved. Export it, then delete "
-        "other conversations.",
-        "浏览器存储空间已满，此对话未能保存。请先导出，再删除其他对话。",
+        "Not saved: the browser's storage is full. Export this conversation, then delete others.",
+        "未能保存：浏览器存储空间已满。请先导出此对话，再删除其他对话。",
     ),
     "file_too_large": ("This file is too large.", "文件太大。"),
 }

@@ -45,15 +45,14 @@ window.conversations = (() => {
         .filter((conversation) => conversation?.id && conversation.turns?.length)
         .sort((a, b) => b.updated - a.updated);
     },
-    // Make this the conversation on show. Store it, unless another tab has stored a newer version.
-    // Returns false if the storage is full.
+    // Show a conversation, and store it if no newer version is stored. False if storage is full.
     show(conversation) {
       if (conversation.id !== this.current?.id) window.chat.follow();
       this.current = conversation;
       sessionStorage.setItem(OPEN, conversation.id);
       return read(conversation.id)?.updated > conversation.updated || keep(conversation);
     },
-    // Change the settings of a conversation, on show or not. Returns false if the storage is full.
+    // Change the settings of a conversation, on show or not. False if storage is full.
     changeSettings({ id, settings }) {
       if (id === this.current?.id) this.current = { ...this.current, settings };
       const kept = read(id); // another tab may have stored a newer version

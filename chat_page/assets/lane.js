@@ -1,10 +1,10 @@
 // A queue of the events that change the conversation. Gradio promises no order between the updates
-// of two events: a late update of a reply could be drawn over a conversation opened meanwhile. So
-// each event enters the queue, waits for its turn, and leaves after its last update is drawn. The
+// of two events, so a late update of a reply could be drawn over a conversation opened meanwhile.
+// An event enters the queue, waits for its turn, and leaves after its last update is drawn. The
 // value of this element is the id of the reply that is being written.
 let last = Promise.resolve(); // resolves when the newest event has left
 let begin;
-const begun = new Promise((resolve) => (begin = resolve)); // when the page's opening event is in
+const begun = new Promise((resolve) => (begin = resolve)); // resolves when `open` is called
 let leave = () => {};
 let inside = 0; // events that have entered and not left
 let hurried = 0; // waiting events for which the current reply must end
@@ -33,14 +33,13 @@ async function next(seen, hurry) {
 }
 
 window.eventQueue = {
-  // Wait for all earlier events, then return the conversation as it is now.
-  // hurry: stop the reply that is being written.
+  // Wait for all earlier events, then return the conversation. hurry: stop the current reply.
   async enter(seen, hurry = true) {
     await begun;
     return next(seen, hurry);
   },
-  // Enter as the event that opens the page. Events that came earlier wait behind it.
-  enterFirst() {
+  // Open the queue with the event that opens the page. Events that came earlier wait behind it.
+  open() {
     const entered = next(null, true);
     begin();
     return entered;

@@ -9,7 +9,7 @@ from chat_page.conversation import ChatSettings, Count, Line, Record
 from chat_page.words import PRESETS, i18n, preset_of
 
 NUMBERS = [name for name in ChatSettings.model_fields if name not in ("system_prompt", "stop")]
-# Values that have no effect, for settings that are not among the model's defaults.
+# Defaults of settings that the model's own defaults do not name.
 NEUTRAL = {
     "temperature": 0.0,
     "top_p": 1.0,
@@ -128,7 +128,7 @@ def settings_of(values: tuple[Any, ...], about: About | None, before: ChatSettin
 
 
 def _slider(name: str, least: float, greatest: float, **options: Any) -> gr.Slider:
-    # No reset button: it would restore the value from before the service published its defaults.
+    # Gradio's reset button is off: it would restore the value from before the service answered.
     return gr.Slider(
         least,
         greatest,

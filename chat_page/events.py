@@ -102,7 +102,7 @@ class Events:
     ) -> Iterator[Updates]:
         """Append the user's message and write the reply."""
         if not (message and message.strip()):
-            yield gr.skip()  # Gradio empties every output of a generator that yields nothing
+            yield gr.skip()  # Gradio empties all outputs of a generator that yields nothing
             return
         try:
             conversation = received(value).asked(message)
@@ -268,6 +268,6 @@ def download(value: Any, ending: str) -> dict[str, Any]:
     """The conversation as a file for the browser to save."""
     conversation = received(value)
     make = files.to_json if ending == "json" else files.to_markdown
-    # Gradio ignores an unchanged value. The time makes a repeated download a new value.
+    # The browser ignores an unchanged value. The time makes a repeated download a new value.
     name = files.file_name(conversation, ending)
     return {"name": name, "text": make(conversation), "at": time.time()}

@@ -1,9 +1,9 @@
-"""The chat page: a Gradio view of the service's stream.
+"""The chat page: a Gradio application that streams replies from the service.
 
     python llama3_app.py        or        gradio llama3_app.py
 
-The page reaches the service over HTTP only, at LLAMA3_ADDRESS or http://127.0.0.1:8800. It sends
-the key in LLAMA3_API_KEY to the service, never to a browser. `chat_page/` holds the page itself.
+The page calls the service at LLAMA3_ADDRESS, or http://127.0.0.1:8800. It sends the key in
+LLAMA3_API_KEY to the service, and never to a browser. `chat_page/` holds the page itself.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 
-# Gradio reads both variables when it is imported, and searches for a free port by IPv4 alone.
+# Gradio reads both variables at import, and can look for a free port only at an IPv4 host.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 HOST = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1")
 if ":" in HOST:
@@ -43,7 +43,7 @@ def main() -> None:
         if args.until_stdin_closes:
             end_when_stdin_closes()
         os.environ["GRADIO_TEMP_DIR"] = empty
-        os.chdir(empty)  # Gradio may serve files of the directory in which it runs
+        os.chdir(empty)  # Gradio may serve files of its working directory
         try:
             serve(demo, HOST, auth=args.auth, share=args.share)
         except Exception as error:
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     name, _, password = (args.auth or "").partition(":")
     if args.auth and not (name and password):
-        parser.error("--auth wants NAME:PASSWORD")
+        parser.error("--auth must have the form NAME:PASSWORD")
     args.auth = (name, password) if args.auth else None
     return args
 
@@ -78,6 +78,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# `gradio llama3_app.py` runs this file again at each change, for `demo` alone.
+# `gradio llama3_app.py` runs this file again after each change, and needs only `demo`.
 if __name__ == "__main__" and gr.NO_RELOAD:
     main()

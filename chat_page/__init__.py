@@ -1,1 +1,1 @@
-"""The chat page's parts: conversations, what is shown of them, and the words it uses."""
+"""The chat page: a Gradio application that talks to the service over HTTP."""

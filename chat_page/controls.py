@@ -1,4 +1,4 @@
-"""The panel of settings, with the bounds and defaults that the service publishes."""
+"""The settings panel, with the bounds and defaults that the service publishes."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from chat_page.conversation import ChatSettings, Count, Line, Record
 from chat_page.words import PRESETS, i18n, preset_of
 
 NUMBERS = [name for name in ChatSettings.model_fields if name not in ("system_prompt", "stop")]
-# What a setting does nothing at, where the model's defaults do not name it.
+# Defaults of settings that the model's own defaults do not name.
 NEUTRAL = {
     "temperature": 0.0,
     "top_p": 1.0,
@@ -19,11 +19,11 @@ NEUTRAL = {
     "min_new_tokens": 0,
 }
 STEPS = {"temperature": 0.05, "top_p": 0.01, "min_p": 0.01, "repetition_penalty": 0.01}
-LARGEST_EXACT = 2**53 - 1  # a browser's numbers know no larger integers one by one
+LARGEST_EXACT = 2**53 - 1  # up to here, JavaScript represents every integer exactly
 
 
 class About(Record):
-    """What the service says of itself."""
+    """The service's answer to `GET /`, as far as the page needs it."""
 
     model: Line
     context_length: Count
@@ -34,7 +34,7 @@ class About(Record):
         return self.defaults.get(name, NEUTRAL.get(name))
 
     def range(self, name: str) -> dict[str, float]:
-        """The least and the greatest value, as a component takes them, where they are known."""
+        """Minimum and maximum as arguments for a component; empty if the bounds are unknown."""
         if name not in self.bounds:
             return {}
         bounds = self.bounds[name]
@@ -46,7 +46,7 @@ class About(Record):
 
 
 class Controls:
-    """The components, in the order in which their values are handed over."""
+    """The components of the panel."""
 
     def __init__(self) -> None:
         choices = [(i18n(name), name) for name in PRESETS]
@@ -74,13 +74,13 @@ class Controls:
 
     @property
     def fields(self) -> dict[str, gr.components.Component]:
-        """The components by the names of the settings."""
+        """The component of each setting, in the order of the fields of `ChatSettings`."""
         return {name: getattr(self, name) for name in ChatSettings.model_fields}
 
     def updates(self, settings: ChatSettings, about: About | None) -> dict[Any, Any]:
-        """Show these settings, with the service's own where they say nothing.
+        """The updates that show these settings, and the service's defaults for unset ones.
 
-        Number fields are disabled until the service publishes its bounds.
+        Number fields are disabled while the bounds are unknown.
         """
         shown: dict[Any, Any] = {
             self.preset: preset_of(settings.system_prompt),
@@ -89,7 +89,7 @@ class Controls:
         }
         if about is None:
             return shown | {self.fields[name]: gr.update(interactive=False) for name in NUMBERS}
-        fitted = fitting(settings, about)
+        fitted = clamp(settings, about)
         for name in NUMBERS:
             value = getattr(fitted, name)
             value = about.default(name) if value is None else value
@@ -102,8 +102,8 @@ class Controls:
         return [self.preset, *self.fields.values()]
 
 
-def fitting(settings: ChatSettings, about: About) -> ChatSettings:
-    """Replace each number that the service would refuse by the nearest one that it accepts."""
+def clamp(settings: ChatSettings, about: About) -> ChatSettings:
+    """Replace each number that is out of the service's bounds by the nearest valid one."""
     nearest = {}
     for name in NUMBERS:
         value, bounds = getattr(settings, name), about.range(name)
@@ -113,10 +113,10 @@ def fitting(settings: ChatSettings, about: About) -> ChatSettings:
 
 
 def settings_of(values: tuple[Any, ...], about: About | None, before: ChatSettings) -> ChatSettings:
-    """What the visitor chose, out of the components' values: only what differs from the default.
+    """Read the settings from the components' values. Values equal to the default stay unset.
 
-    before: what had been chosen. While the service is away (no `about`), the components show no
-    numbers that could have been chosen, and those stay.
+    before: the settings so far. Without `about` the number fields are disabled, so the numbers of
+    `before` stay.
     """
     chosen = dict(zip(ChatSettings.model_fields, values, strict=True))
     stop = tuple(line for line in (chosen.pop("stop") or "").splitlines() if line)
@@ -128,7 +128,7 @@ def settings_of(values: tuple[Any, ...], about: About | None, before: ChatSettin
 
 
 def _slider(name: str, least: float, greatest: float, **options: Any) -> gr.Slider:
-    # Gradio's own button would set it to what it was before the service was asked.
+    # Gradio's reset button is off: it would restore the value from before the service answered.
     return gr.Slider(
         least,
         greatest,

@@ -1,7 +1,7 @@
-"""A conversation as plain data: what is asked, changed, kept and sent.
+"""A conversation as plain data.
 
-It comes back from a browser or a file, so everything is validated and bounded here. Each change
-gives a new conversation and leaves the old one as it was.
+Conversations come from browsers and files, so all fields are validated and bounded. A method that
+changes a conversation returns a changed copy.
 """
 
 import time
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from chat_page.thinking import split_thinking
 
 MAX_TURNS = 2000
-MAX_CHARACTERS = 1_000_000  # of one message
+MAX_CHARACTERS = 1_000_000  # per message
 NAME_CHARACTERS = 48
 
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
@@ -23,17 +23,17 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class TooLarge(ValueError):
-    """A message, or a conversation, is longer than what is kept."""
+    """A message has over `MAX_CHARACTERS`, or a conversation over `MAX_TURNS`."""
 
 
 class Record(BaseModel):
-    """What all records share. Unknown fields are dropped: a newer page may have written them."""
+    """Base of all records. Ignores unknown fields, which a newer page may have written."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class ChatSettings(Record):
-    """What the visitor chose. None: as the service does it by itself; it knows the bounds."""
+    """The user's settings. None: the service's default. The service checks the bounds."""
 
     system_prompt: Text = ""
     temperature: Number | None = None
@@ -54,7 +54,7 @@ class ChatSettings(Record):
 
 
 class Figures(Record):
-    """What the service told of one reply; None where it did not tell."""
+    """The service's figures for one reply; None if the service has not sent them."""
 
     model: Line | None = None
     prompt_tokens: Count | None = None
@@ -70,7 +70,7 @@ class Figures(Record):
 
 
 class Turn(Record):
-    """One message. Of a reply also its figures, and the sentence that says what went wrong."""
+    """One message. A reply also has figures, and a `problem` text if it failed."""
 
     role: Literal["user", "assistant"]
     content: Text
@@ -79,13 +79,13 @@ class Turn(Record):
 
     @property
     def can_go_on(self) -> bool:
-        """Whether this is a reply that was cut short."""
+        """Whether this is a reply that ended early."""
         reason = self.figures.finish_reason if self.figures else None
         return self.role == "assistant" and bool(self.content) and reason != "stop"
 
 
 class Conversation(Record):
-    """Turns by turns of user and assistant, under a name, with their settings."""
+    """The turns of user and assistant, with a name and settings."""
 
     version: Literal[1] = 1
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]{1,64}$")] = Field(
@@ -97,10 +97,7 @@ class Conversation(Record):
     turns: Annotated[tuple[Turn, ...], Field(max_length=MAX_TURNS)] = ()
 
     def asked(self, message: str) -> Self:
-        """With a new message of the user, which names the conversation if it is the first.
-
-        Raises `TooLarge`.
-        """
+        """Append a message of the user. The first one names the conversation. Raises `TooLarge`."""
         if len(message) > MAX_CHARACTERS or len(self.turns) + 2 > MAX_TURNS:
             raise TooLarge
         turns = (*self.turns, Turn(role="user", content=message))
@@ -108,29 +105,26 @@ class Conversation(Record):
         return self.model_copy(update={"turns": turns, "name": name, "updated": time.time()})
 
     def replied(self, turn: Turn) -> Self:
-        """With this reply in the place of the last one, or after the user's message."""
+        """Append a reply, or replace the last one."""
         turns = (*self.unanswered().turns, turn)
         return self.model_copy(update={"turns": turns, "updated": time.time()})
 
     def unanswered(self) -> Self:
-        """Without the last reply."""
+        """Remove the last reply."""
         turns = self.turns
         while turns and turns[-1].role == "assistant":
             turns = turns[:-1]
         return self.model_copy(update={"turns": turns})
 
     def undone(self) -> tuple[Self, str]:
-        """Without the last message and its reply, and that message."""
+        """Remove the last message and its reply; return the message too."""
         turns = self.unanswered().turns
         message = turns[-1].content if turns else ""
         left = self.model_copy(update={"turns": turns[:-1], "updated": time.time()})
         return left, message
 
     def edited(self, index: int, message: str) -> Self:
-        """With another message in place of turn `index`, and without what came after it.
-
-        Raises `TooLarge`.
-        """
+        """Replace the message of turn `index` and remove all later turns. Raises `TooLarge`."""
         turns = self.turns[:index]
         named = self.model_copy(update={"turns": turns, "name": self.name if turns else ""})
         return named.asked(message)
@@ -143,9 +137,9 @@ class Conversation(Record):
         return self.turns[-1] if self.turns and self.turns[-1].role == "assistant" else None
 
     def messages(self) -> list[dict[str, str]]:
-        """What is sent. A message that got no reply, and what was thought before one, is not.
+        """The messages to send, without unanswered ones and the thinking of earlier replies.
 
-        A reply at the end goes along whole: it is to be continued.
+        A reply at the end is sent whole, because the service continues it.
         """
         sent: list[dict[str, str]] = []
         for turn in self.turns[:-1]:
@@ -163,7 +157,7 @@ class Conversation(Record):
 
 
 def name_of(message: str) -> str:
-    """The beginning of a message, cut between two words where there are any."""
+    """The beginning of a message, cut between two words if possible."""
     line = " ".join(message.split())
     if len(line) <= NAME_CHARACTERS:
         return line

@@ -1,4 +1,4 @@
-"""Conversations as files: out as Markdown or JSON, in as JSON."""
+"""Export conversations as Markdown or JSON, and import them from JSON."""
 
 import re
 import uuid
@@ -11,7 +11,7 @@ MAX_FILE_CHARACTERS = 4_000_000
 
 
 class NotAConversation(ValueError):
-    """The file is not one that this page has saved."""
+    """The file is not a conversation that this page exported."""
 
 
 def to_json(conversation: Conversation) -> str:
@@ -19,23 +19,23 @@ def to_json(conversation: Conversation) -> str:
 
 
 def from_json(text: str) -> Conversation:
-    """The conversation of a saved file, under a new id, so that it replaces none.
+    """Read an exported conversation. A new id keeps it from replacing a stored conversation.
 
     Raises `NotAConversation`.
     """
     if len(text) > MAX_FILE_CHARACTERS:
-        raise NotAConversation("the file is too large")
+        raise NotAConversation(f"the file has over {MAX_FILE_CHARACTERS} characters")
     try:
         conversation = Conversation.model_validate_json(text)
     except ValidationError as error:
         raise NotAConversation(str(error)) from error
     if not conversation.turns:
-        raise NotAConversation("the file holds no message")
+        raise NotAConversation("the file has no messages")
     return conversation.model_copy(update={"id": uuid.uuid4().hex})
 
 
 def to_markdown(conversation: Conversation) -> str:
-    """For people: the texts as they are, under a heading for each turn."""
+    """The unchanged texts, with a heading for each turn."""
     parts = [f"# {conversation.name}"]
     if conversation.settings.system_prompt.strip():
         parts += ["## System", conversation.settings.system_prompt]
@@ -46,6 +46,6 @@ def to_markdown(conversation: Conversation) -> str:
 
 
 def file_name(conversation: Conversation, ending: str) -> str:
-    """The conversation's name, as far as every system takes it for a file's."""
+    """The conversation's name as a file name that is valid on every system."""
     name = re.sub(r"[^\w.-]+", "-", conversation.name).strip("-.")
     return f"{name or 'conversation'}.{ending}"

@@ -1,4 +1,4 @@
-"""Where the page listens, and when it ends."""
+"""Serves the page, and ends it together with the service."""
 
 import _thread
 import os
@@ -15,13 +15,13 @@ from chat_page.words import i18n
 from stream_service.loopback import bypass_proxies
 
 PORT = 7860
-OTHER_THREADS = 16  # for events without a reply
+OTHER_THREADS = 16  # for events that write no reply
 
 
 def serve(page: gr.Blocks, host: str, *, auth: tuple[str, str] | None, share: bool) -> None:
     """Serve the page until the process is interrupted. Raises `OSError` if its port is in use."""
     host, port = server_address(host)
-    bypass_proxies(host)  # Gradio asks its own address whether it can be reached
+    bypass_proxies(host)  # Gradio requests its own address to see whether it works
     page.launch(
         server_name=host,
         server_port=port,
@@ -40,10 +40,10 @@ def serve(page: gr.Blocks, host: str, *, auth: tuple[str, str] | None, share: bo
 
 
 def server_address(host: str) -> tuple[str, int]:
-    """The host, as it stands in a URL, and the port to listen on. Raises `OSError` if in use.
+    """Return the host, as URLs spell it, and the port. Raises `OSError` if the port is in use.
 
-    The port is Gradio's own variable; 0 takes any free one. Gradio itself would silently take the
-    next port, where the browser finds none of the visitor's conversations.
+    GRADIO_SERVER_PORT sets the port; 0 means any free one. Gradio itself would silently take the
+    next free port. Browsers store data per port, so the user's conversations would be missing.
     """
     port = int(os.environ.get("GRADIO_SERVER_PORT", PORT))
     plain = host.strip("[]")
@@ -63,14 +63,14 @@ def server_address(host: str) -> tuple[str, int]:
 def end_when_stdin_closes() -> None:
     """Raise SIGTERM in the main thread when standard input ends.
 
-    The service holds the other end, and is gone then, even if it was killed.
+    The service holds the other end of the pipe, which closes even if the service is killed.
     """
 
     def wait() -> None:
-        # Not by sys.stdin, whose lock would be held when the interpreter ends.
+        # Not through sys.stdin: its lock would still be held when the interpreter ends.
         while os.read(stdin, 1024):
             continue
-        # SIGINT is ignored by programs that a shell started in the background.
+        # Not SIGINT: programs that a shell starts in the background ignore it.
         _thread.interrupt_main(signal.SIGTERM)
 
     stdin = sys.stdin.fileno()

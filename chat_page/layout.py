@@ -1,30 +1,30 @@
-"""The components of the page and where they stand."""
+"""The components of the page and their arrangement."""
 
 import gradio as gr
 
 from chat_page import parts
 from chat_page.controls import Controls
 from chat_page.markup import LATEX_DELIMITERS
-from chat_page.words import i18n
+from chat_page.words import TEXTS, i18n
 
 
 class Layout:
     """All components, inside one `gr.Blocks`.
 
-    `service`, `lane`, `tokens` and `saved_file` hold values of one visitor and show nothing.
+    `service`, `event_queue`, `tokens` and `saved_file` are invisible. They hold one user's values.
     """
 
     def __init__(self) -> None:
         with gr.Blocks(
-            title="Llama 3, streamed", analytics_enabled=False, fill_height=True
+            title=TEXTS["title"][0], analytics_enabled=False, fill_height=True
         ) as self.blocks:
             self.service = gr.State(None)  # `About`, once the service has answered
-            self.lane = parts.lane()  # the id of the reply that is being written
+            self.event_queue = parts.event_queue()  # the id of the reply that is being written
             self.tokens = gr.State(())  # of the last reply
             self.saved_file = parts.download()
             with gr.Sidebar(width=280, elem_id="left"):
                 self.new = gr.Button(i18n("new"), variant="primary")
-                self.shelf = parts.conversation_shelf()
+                self.conversation_list = parts.conversation_list()
                 with gr.Row():
                     self.as_markdown = gr.Button(i18n("export_markdown"), size="sm", min_width=80)
                     self.as_json = gr.Button(i18n("export_json"), size="sm", min_width=80)
@@ -48,7 +48,7 @@ class Layout:
             latex_delimiters=LATEX_DELIMITERS,
             feedback_options=None,
             scale=1,
-            autoscroll=False,  # it would move a reader who scrolls up; `follow.js` does not
+            autoscroll=False,  # `follow.js` scrolls instead, unless the user scrolls up
             elem_id="chat",
         )
         with gr.Group(visible="hidden", elem_id="tokens") as self.token_panel:

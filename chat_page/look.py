@@ -1,4 +1,4 @@
-"""What the page looks like. Nothing of it comes from elsewhere: no web fonts, no CDN."""
+"""Theme, style and scripts of the page. All come from this server: no web fonts, no CDN."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ THEME = gr.themes.Base(
     font=["system-ui", "Segoe UI", "Noto Sans", "Noto Sans CJK SC", "sans-serif"],
     font_mono=["ui-monospace", "SFMono-Regular", "DejaVu Sans Mono", "monospace"],
     radius_size="md",
-).set(  # Gradio's own choices of these can hardly be read
+).set(  # Gradio's own colours have too little contrast
     block_info_text_color="*neutral_600",
     block_info_text_color_dark="*neutral_400",
     input_placeholder_color="*neutral_500",
@@ -27,14 +27,14 @@ THEME = gr.themes.Base(
     button_primary_text_color="white",
 )
 STYLE = (ASSETS / "page.css").read_text()
-# What is no component: the browser's side of the page. (`parts.py` has the others.)
+# Scripts of the whole page. `parts.py` has the scripts of single components.
 SCRIPT = "\n".join(
     (ASSETS / f"{name}.js").read_text()
     for name in ("common", "conversations", "box", "follow", "copying", "numbers", "labels")
 )
 
-# The browser itself refuses what would come from another server, whatever a model writes.
-# (Gradio's own scripts and templates need the inline and the evaluated ones.)
+# This policy stops the browser from loading anything from other servers, whatever a model writes.
+# Gradio's own scripts and templates need 'unsafe-inline' and 'unsafe-eval'.
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; font-src 'self' data:; "
     "style-src 'self' 'unsafe-inline'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "

@@ -1,10 +1,9 @@
-"""A message as the page's Markdown renderer is to read it.
+"""Prepares a message for Gradio's Markdown renderer.
 
-The renderer takes HTML for HTML, and every $ for the beginning of a formula. Rather than escape,
-which would show where a message is copied or edited, an invisible character tells it what is meant:
-U+2060, the word joiner. Behind < and ! it keeps a tag from being one and an image from loading;
-around a formula it makes the delimiter. The page takes it out again when a message is copied or
-edited.
+The renderer would read tags as HTML, and every $ as the start of a formula. Escapes would show when
+a message is copied or edited. So an invisible character marks what the text means: U+2060, the word
+joiner. After < or ! it prevents a tag or an image. Around a formula it is part of the delimiters.
+The page removes the marks from copied and edited messages.
 """
 
 import re
@@ -17,11 +16,11 @@ LATEX_DELIMITERS = [
     for left, right, display in FORMULAS
 ]
 
-# Only what is surely code to every reader of Markdown goes without marks: a span within one line
-# and one cell of a table, and fences at the beginning of a line, as long as none stood elsewhere
-# (in a list, where it may end with the list). A mark too many is invisible; one too few, HTML.
+# Text stays unmarked only if every Markdown parser reads it as code: a span within one line and one
+# table cell, or a fence at the start of a line. After an ambiguous line, such as a fence in a list,
+# fenced text is marked too. A needless mark is invisible; a missing mark lets HTML through.
 _FENCE = re.compile(r"`{3,}(?=[^`]*$)|~{3,}")
-_UNSURE = re.compile(r"[ \t>*+\-.)\d]+(?:`{3}|~{3})|\s*\[.*\]:")
+_AMBIGUOUS = re.compile(r"[ \t>*+\-.)\d]+(?:`{3}|~{3})|\s*\[.*\]:")
 _PIECE = re.compile(
     r"""
     (?P<escape> \\[^\[(] )
@@ -41,14 +40,14 @@ _PIECE = re.compile(
 
 
 def marked(text: str) -> str:
-    """`text` with the marks in it; nothing else of it changes, but that its lines end with \\n."""
+    """Insert marks into `text`. Nothing else changes, except that all lines end with \\n."""
     text = re.sub(r"\r\n?", "\n", unmarked(text))
     shown: list[str] = []
     prose: list[str] = []
     fence = ""
     is_sure = True
     for line in re.split(r"(?<=\n)", text):
-        is_sure = is_sure and not _UNSURE.match(line)
+        is_sure = is_sure and not _AMBIGUOUS.match(line)
         if fence:
             shown.append(line if is_sure else _marked_prose(line))
             if re.fullmatch(rf" {{0,3}}{fence}[~`]* *\n?", line):
@@ -63,7 +62,7 @@ def marked(text: str) -> str:
 
 
 def unmarked(text: str) -> str:
-    """`text` without marks."""
+    """Remove all marks from `text`."""
     return text.replace(MARK, "")
 
 
@@ -78,5 +77,5 @@ def _marked_piece(found: re.Match[str]) -> str:
 
 
 def _marked_fence(line: str, fence: str) -> str:
-    """A diagram in Mermaid's language can carry HTML; under a name with a mark it is code."""
+    """Mark the language of a Mermaid diagram, which can contain HTML, so that it shows as code."""
     return fence + MARK + line[len(fence) :] if "mermaid" in line else line

@@ -1,4 +1,4 @@
-"""The quiet line of figures below a reply."""
+"""The line of figures below a reply."""
 
 from html import escape
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from chat_page.conversation import Figures
 from chat_page.words import Words
 
-_FIRST = (
+_PARAMETER_ORDER = (
     "temperature",
     "top_p",
     "top_k",
@@ -19,9 +19,9 @@ _FIRST = (
 
 
 def meter(figures: Figures, words: Words, position: int | None = None) -> str:
-    """HTML of one line. position: the place in the queue, while there is one."""
+    """Format the figures as HTML. position: of the request in the queue, while it waits."""
     if not figures.completion_tokens:
-        return _line([_before_the_first(figures, words, position)])
+        return _line([_status(figures, words, position)])
     parts = [words("prompt", prompt=figures.prompt_tokens)]
     if figures.cached_tokens:
         parts[0] += " · " + words("cached", cached=figures.cached_tokens)
@@ -37,7 +37,7 @@ def meter(figures: Figures, words: Words, position: int | None = None) -> str:
     return _line(parts, _context(figures, words) + _used(figures, words))
 
 
-def _before_the_first(figures: Figures, words: Words, position: int | None) -> str:
+def _status(figures: Figures, words: Words, position: int | None) -> str:
     if figures.finish_reason:
         return _reason(figures.finish_reason, words)
     if position:
@@ -68,10 +68,10 @@ def _context(figures: Figures, words: Words) -> str:
 
 
 def _used(figures: Figures, words: Words) -> str:
-    """The settings that the service really used, behind a fold."""
+    """The model and the settings that the service used, folded."""
     if not figures.params:
         return ""
-    known = [name for name in _FIRST if name in figures.params]
+    known = [name for name in _PARAMETER_ORDER if name in figures.params]
     others = sorted(figures.params.keys() - set(known) - {"logprobs"})
     rows = "".join(_row(name, figures.params[name]) for name in [*known, *others])
     if figures.model:

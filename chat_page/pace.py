@@ -1,4 +1,4 @@
-"""How often the page is written anew while a reply comes in."""
+"""Limits how often the page is updated while a reply arrives."""
 
 import threading
 import time
@@ -11,10 +11,10 @@ Item = TypeVar("Item")
 
 
 class Batches(Generic[Item]):
-    """The first item at once; then what has come, at most once in `interval()` seconds.
+    """Yields the first item at once, then batches of items, at most every `interval()` seconds.
 
-    Joined, the batches are the items, and what `items` raises comes after them. A thread of its own
-    reads the items, so that one is never held back until the next has come.
+    The batches keep all items in order; an exception from `items` follows them. A separate thread
+    reads the items, so that a batch never waits for a further item.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Batches(Generic[Item]):
         self._is_ended = False
 
     def end(self) -> None:
-        """Wait for nothing more: what has come is the last. From any thread, more than once."""
+        """End after the items that have arrived. Any thread may call this, also repeatedly."""
         self._is_ended = True
         self._arrived.put(_End(None))
 
@@ -69,7 +69,7 @@ class Batches(Generic[Item]):
 
 
 class _End:
-    """That nothing more comes, and why, if it is a failure."""
+    """Marks the end of the items, with the exception if they failed."""
 
     def __init__(self, failure: Exception | None):
         self.failure = failure

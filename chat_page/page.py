@@ -1,4 +1,4 @@
-"""The page: its layout, and which event calls what."""
+"""Connects the components of the page with its events."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,24 +13,24 @@ from stream_service.client import StreamClient
 
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 AT_ONCE: dict[str, Any] = {"queue": False, **QUIET}
-# Gradio would drop an event that comes while the last one of its kind still runs.
+# Otherwise Gradio drops an event that arrives while an earlier event of its kind runs.
 EVERY: dict[str, Any] = {"trigger_mode": "multiple"}
 
 
 class Page:
-    """The chat page of one service. `blocks` is what Gradio launches."""
+    """The chat page of one service. Gradio launches `blocks`."""
 
     def __init__(self, client: StreamClient) -> None:
         self.layout = Layout()
         self.events = Events(client, self.layout)
         self.blocks = self.layout.blocks
-        shelf, controls = self.layout.shelf, self.layout.controls
+        layout = self.layout
         self._opening: dict[str, Any] = {
-            "inputs": shelf,
+            "inputs": layout.conversation_list,
             "outputs": [
-                shelf, self.layout.chat, self.layout.status, self.layout.service,
-                self.layout.lane, self.layout.tokens, self.layout.token_view, self.layout.box,
-                *controls.shown,
+                layout.conversation_list, layout.chat, layout.status, layout.service,
+                layout.event_queue, layout.tokens, layout.token_view, layout.box,
+                *layout.controls.shown,
             ],
             **EVERY,
             **QUIET,
@@ -41,43 +41,45 @@ class Page:
                 *self._write_replies(),
                 *self._keep_settings(),
             ):
-                self._leave_lane_after(event)
+                self._leave_queue_after(event)
             self._stop_replies()
             self._show_tokens()
             self._save_files()
         self.blocks.queue(max_size=4 * REPLIES_AT_ONCE, default_concurrency_limit=None)
 
     def _open_conversations(self) -> list[Any]:
-        layout, show, opening = self.layout, self.events.show, self._opening
+        layout, do, opening = self.layout, self.events, self._opening
+        conversations = layout.conversation_list
         return [
-            self.blocks.load(show, js=parts.OPENED, **opening),
-            layout.shelf.choose(show, js=parts.CHOSEN, **opening),
-            layout.shelf.bring(self.events.show_file, js=parts.BROUGHT, **opening),
-            layout.shelf.fresh(show, js=parts.DELETED, **opening),
-            layout.new.click(show, js=parts.NEW, **opening),
+            self.blocks.load(do.show, js=parts.OPENED, **opening),
+            conversations.choose(do.show, js=parts.CHOSEN, **opening),
+            conversations.import_file(do.show_file, js=parts.IMPORTED, **opening),
+            conversations.delete_open(do.show, js=parts.DELETED, **opening),
+            layout.new.click(do.show, js=parts.NEW, **opening),
         ]
 
     def _write_replies(self) -> list[Any]:
         layout, do = self.layout, self.events
-        shown = [layout.shelf, layout.chat, layout.tokens, layout.token_view, layout.box]
+        opened = layout.conversation_list
+        shown = [opened, layout.chat, layout.tokens, layout.token_view, layout.box]
         writing: dict[str, Any] = {
             "outputs": [
-                *shown, layout.lane, layout.status, layout.service, *layout.controls.shown
+                *shown, layout.event_queue, layout.status, layout.service, *layout.controls.shown
             ],
-            "concurrency_limit": None,  # `Replies` has one
+            "concurrency_limit": None,  # `Replies` limits replies itself
             **QUIET,
         }  # fmt: skip
         entering = {"js": parts.ENTER, **writing}
-        given = [layout.shelf, layout.service, layout.with_tokens]
-        sent = [layout.shelf, layout.box, layout.service, layout.with_tokens]
-        chosen = [layout.shelf, layout.service, layout.tokens]
+        given = [opened, layout.service, layout.with_tokens]
+        sent = [opened, layout.box, layout.service, layout.with_tokens]
+        chosen = [opened, layout.service, layout.tokens]
         return [
             layout.box.submit(do.send, sent, js=parts.SEND, **EVERY, **writing),
             layout.chat.retry(do.retry, given, **entering),
             layout.chat.edit(do.edit, given, **entering),
             layout.chat.option_select(do.go_on, given, **entering),
-            layout.token_view.take(do.choose_token, chosen, **entering),
-            layout.chat.undo(do.undo, layout.shelf, shown, js=parts.ENTER, **AT_ONCE),
+            layout.token_view.choose(do.choose_token, chosen, **entering),
+            layout.chat.undo(do.undo, opened, shown, js=parts.ENTER, **AT_ONCE),
         ]
 
     def _keep_settings(self) -> list[Any]:
@@ -85,9 +87,9 @@ class Page:
         fields = list(controls.fields.values())
         keeping: dict[str, Any] = {
             "fn": events.keep_settings,
-            "inputs": [layout.shelf, layout.service, *fields],
-            "outputs": layout.shelf,
-            "js": parts.ENTER_PATIENTLY,
+            "inputs": [layout.conversation_list, layout.service, *fields],
+            "outputs": layout.conversation_list,
+            "js": parts.ENTER_WITHOUT_STOPPING,
             **EVERY,
             **AT_ONCE,
         }
@@ -103,17 +105,17 @@ class Page:
         settled = [f.release if isinstance(f, gr.Slider) else f.blur for f in fields]
         return [gr.on(settled, **keeping), preset.then(**keeping), reset.then(**keeping)]
 
-    def _leave_lane_after(self, event: Any) -> None:
-        """Let the next event start after this one, also when this one failed."""
-        _leave_lane(event.then)
+    def _leave_queue_after(self, event: Any) -> None:
+        """Let the next event start when this one has ended, even if it failed."""
+        _leave_queue(event.then)
         recovered = event.failure(self.events.recover, js=parts.SHOWN, **self._opening)
-        _leave_lane(recovered.then)
-        _leave_lane(recovered.failure)
+        _leave_queue(recovered.then)
+        _leave_queue(recovered.failure)
 
     def _stop_replies(self) -> None:
         layout, stop = self.layout, self.events.replies.stop
-        layout.box.stop(stop, layout.lane, None, **AT_ONCE)
-        layout.lane.stop(stop, layout.lane, None, **AT_ONCE)
+        layout.box.stop(stop, layout.event_queue, None, **AT_ONCE)
+        layout.event_queue.stop(stop, layout.event_queue, None, **AT_ONCE)
 
     def _show_tokens(self) -> None:
         self.layout.with_tokens.input(
@@ -128,7 +130,7 @@ class Page:
         for button, ending in ((layout.as_markdown, "md"), (layout.as_json, "json")):
             button.click(
                 _download_as(ending),
-                layout.shelf,
+                layout.conversation_list,
                 layout.saved_file,
                 js=parts.SHOWN,
                 **AT_ONCE,
@@ -139,6 +141,6 @@ def _download_as(ending: str) -> Callable[[Any], dict[str, Any]]:
     return lambda value: events.download(value, ending)
 
 
-def _leave_lane(after: Any) -> None:
-    """Let the next event in `after` this one: its `then` or its `failure`."""
-    after(None, None, None, js="() => window.lane.leave()", api_visibility="private")
+def _leave_queue(after: Any) -> None:
+    """Let the next event start. after: the `then` or the `failure` of an event."""
+    after(None, None, None, js="() => window.eventQueue.leave()", api_visibility="private")

@@ -1,4 +1,4 @@
-"""One reply, from the question to the figures: the page's way through the service's stream."""
+"""Reads one reply from the service, with its text, tokens and figures."""
 
 import time
 import uuid
@@ -14,14 +14,14 @@ from chat_page.tokens import Token
 from chat_page.words import Words
 from stream_service.client import StreamClient, StreamError
 
-SECONDS_BETWEEN_UPDATES = 0.05  # and as much again for each:
-CHARACTERS = 8000
-ALTERNATIVES = 5
-REPLIES_AT_ONCE = 64  # each holds a thread or two
+SECONDS_BETWEEN_UPDATES = 0.05  # of an empty reply; doubled at `DOUBLING_CHARACTERS`
+DOUBLING_CHARACTERS = 8000
+ALTERNATIVES = 5  # per token
+REPLIES_AT_ONCE = 64  # each uses one or two threads
 
 
 class Progress(NamedTuple):
-    """How far a reply has come. position: in the queue, while it waits; tokens: if asked for."""
+    """The reply so far. position: in the queue, while it waits. tokens: only if requested."""
 
     turn: Turn
     position: int | None = None
@@ -30,7 +30,7 @@ class Progress(NamedTuple):
 
 
 class Replies:
-    """The replies that are being written, by ids of our own: so each can be stopped at any time."""
+    """The replies in progress. The page chooses their ids, and so can stop them at any time."""
 
     def __init__(
         self,
@@ -41,24 +41,24 @@ class Replies:
         self._client = client
         self._clock = clock
         self._at_once = at_once
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, _OpenReply] = {}
 
     def open(self) -> str:
-        """The id of a reply to come."""
+        """Register a new reply and return its id."""
         reply_id = uuid.uuid4().hex
-        self._open[reply_id] = _Open()
+        self._open[reply_id] = _OpenReply()
         return reply_id
 
     def stop(self, reply_id: str | None) -> None:
-        """End a reply, wherever it is: even before its question has reached the service.
+        """Stop a reply, even before its request has reached the service.
 
-        Where there is none, or it has ended, nothing happens.
+        Ignores an id that is unknown, or whose reply has ended.
         """
-        this = self._open.get(reply_id or "")
-        if this is not None:
-            # First the mark, then the call: `write` looks for the mark once the service knows it.
-            this.is_stopped = True
-            self._end(str(reply_id), this)
+        reply = self._open.get(reply_id or "")
+        if reply is not None:
+            # Set before the call: `write` checks this after the service has received the request.
+            reply.is_stopped = True
+            self._abort(str(reply_id), reply)
 
     def write(
         self,
@@ -67,66 +67,66 @@ class Replies:
         words: Words,
         *,
         context_length: int | None = None,
-        begun: tuple[Token, ...] | None = None,
+        prefix_tokens: tuple[Token, ...] | None = None,
     ) -> Generator[Progress, None, None]:
-        """The reply to `conversation`, longer each time; one that stands at its end is continued.
+        """Yield the reply to `conversation` as it grows. A reply at its end is continued.
 
-        begun: the tokens of what is there already, where tokens are asked for. What goes wrong ends
-        the reply with a sentence in its `problem`; what had come is kept.
+        prefix_tokens: the tokens of the text so far; None to request no tokens. After an error, the
+        text so far is kept, and the turn's `problem` explains the error.
         """
-        reply = _Reply(conversation.last_reply, context_length, begun or (), self._clock)
-        this = self._open[reply_id]
+        reply = _Reply(conversation.last_reply, context_length, prefix_tokens or (), self._clock)
+        control = self._open[reply_id]
         params = conversation.settings.params()
-        if begun is not None:
+        if prefix_tokens is not None:
             params["logprobs"] = ALTERNATIVES
 
         def events() -> Generator[dict[str, Any], None, None]:
             stream = self._client.stream(conversation.messages(), request_id=reply_id, **params)
-            if this.is_stopped:
-                self._end(reply_id, this)
+            if control.is_stopped:
+                self._abort(reply_id, control)
             yield from stream.events()
 
-        this.batches = Batches(events(), reply.pause, self._clock)
+        control.batches = Batches(events(), reply.pause, self._clock)
         try:
             yield reply.progress()
             if len(self._open) > self._at_once:
-                raise StreamError("this page can write no more replies at once", status=429)
-            if not this.is_stopped:
-                for batch in this.batches:
+                raise StreamError(f"the page already writes {self._at_once} replies", status=429)
+            if not control.is_stopped:
+                for batch in control.batches:
                     for event in batch:
                         reply.add(event)
                     yield reply.progress()
             if reply.figures.finish_reason is None:
                 reply.update(finish_reason="abort")
         except StreamError as error:
-            reply.problem = sentence(
-                error, words, has_begun=reply.figures.prompt_tokens is not None
-            )
+            reply.problem = explain(error, words, has_begun=reply.figures.prompt_tokens is not None)
         finally:
-            # Also where nobody reads on: a visitor who has left.
+            # This also runs when Gradio closes the generator because the user has left.
             del self._open[reply_id]
             if reply.figures.finish_reason is None and reply.problem is None:
-                this.batches.end()
-                self._end(reply_id, this)
+                control.batches.end()
+                self._abort(reply_id, control)
         yield reply.progress()._replace(is_last=True)
 
-    def _end(self, reply_id: str, this: "_Open") -> None:
+    def _abort(self, reply_id: str, reply: "_OpenReply") -> None:
         try:
             self._client.stop(reply_id)
-        except StreamError as error:  # with a status: it has ended, or is not known yet
-            if error.status is None and this.batches is not None:
-                this.batches.end()  # nobody answers there: nothing more is to be waited for
+        except StreamError as error:
+            # With a status, the request has ended or has not arrived yet. Without a status, the
+            # service cannot be reached, and no further event will come.
+            if error.status is None and reply.batches is not None:
+                reply.batches.end()
 
 
-class _Open:
-    """A reply that is being written: what the visitor wants of it, and what comes of it."""
+class _OpenReply:
+    """A reply in progress: whether the user has stopped it, and its events."""
 
     is_stopped = False
     batches: Batches[dict[str, Any]] | None = None
 
 
 class _Reply:
-    """What the events have told so far."""
+    """The reply that the events so far add up to."""
 
     def __init__(
         self,
@@ -151,11 +151,11 @@ class _Reply:
         return Progress(turn, self._position, tuple(self._tokens))
 
     def pause(self) -> float:
-        """Seconds until the page is written anew: a browser's work grows with the text."""
-        return SECONDS_BETWEEN_UPDATES * (1 + len(self.text) / CHARACTERS)
+        """Seconds until the next update: a browser's work per update grows with the text."""
+        return SECONDS_BETWEEN_UPDATES * (1 + len(self.text) / DOUBLING_CHARACTERS)
 
     def update(self, **figures: Any) -> None:
-        # The service's word is checked like any other that ends up in the browser.
+        # Validated like all data that reaches the browser. Invalid figures are ignored.
         with suppress(ValidationError):
             known = self.figures.model_dump() | figures
             self.figures = Figures.model_validate(known)
@@ -194,14 +194,14 @@ class _Reply:
             )
         count = (self.figures.completion_tokens or 0) + 1
         rate = (count - 1) / (now - self._first) if now > self._first else None
-        # Without validation: this happens for each token, with numbers of our own.
+        # Not validated: this runs for every token, and the numbers are computed here.
         self.figures = self.figures.model_copy(
             update={"completion_tokens": count, "tokens_per_second": rate}
         )
 
 
-def sentence(error: StreamError, words: Words, *, has_begun: bool = False) -> str:
-    """What went wrong and what to do, for a person."""
+def explain(error: StreamError, words: Words, *, has_begun: bool = False) -> str:
+    """Tell the user what went wrong and what to do."""
     if error.status is None:
         return words("broken") if has_begun else words("away")
     if error.status in (401, 403):

@@ -1,9 +1,9 @@
-"""What a model thinks before it answers, apart from the answer."""
+"""Separates a model's thinking from its answer."""
 
 import re
 from typing import NamedTuple
 
-# As DeepSeek, Qwen and their kin write it; others; Mistral's.
+# The first is DeepSeek's and Qwen's, the last is Mistral's; other models use the rest.
 TAGS = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
@@ -13,7 +13,7 @@ TAGS = (
 
 
 class Parts(NamedTuple):
-    """A reply in two. is_open: the thinking has not ended (yet)."""
+    """The parts of a reply. is_open: the thinking has no end yet."""
 
     thought: str
     answer: str
@@ -21,10 +21,10 @@ class Parts(NamedTuple):
 
 
 def split_thinking(text: str) -> Parts:
-    """Part the thinking at the beginning of a reply from the answer after it.
+    """Split a reply into the thinking at its beginning and the answer.
 
-    Where the prompt itself has opened the thinking, the reply has its end alone, on a line of its
-    own. A tag anywhere else is a part of the answer.
+    If the prompt contains the opening tag, the reply has only a closing tag, on a line of its own.
+    A tag anywhere else is part of the answer.
     """
     begun = text.lstrip()
     for opening, closing in TAGS:

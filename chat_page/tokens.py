@@ -1,4 +1,4 @@
-"""A reply token by token: how likely each was, and what else might have stood there."""
+"""The tokens of a reply, with their probabilities and alternatives."""
 
 import math
 from typing import Annotated, Any, NamedTuple, Self
@@ -9,14 +9,14 @@ from chat_page.conversation import Line, Number, Record
 
 
 class Alternative(NamedTuple):
-    """Another token, and its probability."""
+    """Another token that the model could have chosen, and its probability."""
 
     text: str
     probability: float
 
 
 class Token(Record):
-    """text: what it added to the reply; empty while a character is incomplete."""
+    """text: what the token adds to the reply; empty while a character is incomplete."""
 
     text: Line
     probability: Number
@@ -24,7 +24,7 @@ class Token(Record):
 
     @classmethod
     def of(cls, event: dict[str, Any]) -> Self:
-        """Out of a `delta` event with log-probabilities."""
+        """Read a token from a `delta` event with log-probabilities."""
         others = [
             Alternative(other["token"], math.exp(other["logprob"]))
             for other in event["alternatives"]
@@ -38,7 +38,7 @@ class Token(Record):
 
 
 def branch(tokens: tuple[Token, ...], index: int, choice: int) -> tuple[Token, ...]:
-    """The tokens before `index`, and that one's alternative in its place. Raises `IndexError`."""
+    """The tokens before `index`, then an alternative of that token. Raises `IndexError`."""
     if min(index, choice) < 0:
         raise IndexError
     taken = tokens[index].alternatives[choice]
@@ -50,9 +50,9 @@ def text_of(tokens: tuple[Token, ...]) -> str:
 
 
 def for_view(tokens: tuple[Token, ...]) -> list[dict[str, Any]]:
-    """What the page's script draws: it sets text, never HTML.
+    """The value of the token view.
 
-    An alternative that is a part of a character cannot be gone on from, and is left out.
+    Leaves out alternatives that are only part of a character: no reply can continue from them.
     """
     return [
         {

@@ -15,20 +15,20 @@ ChatbotMessage = dict[str, Any]
 
 
 def transcript(conversation: Conversation, words: Words) -> list[ChatbotMessage]:
-    """All messages: of a reply its thinking, its answer, what went wrong, and its figures.
+    """All messages. A reply shows its thinking, its answer, its problem and its figures.
 
-    Under the last one are the ways on, where a reply is missing or was cut short.
+    If the last reply is missing or ended early, the last message offers buttons to go on.
     """
     messages = finished(conversation.turns, words)
-    if conversation.turns and (ways_on := _ways_on(conversation.turns[-1], words)):
-        if conversation.turns[-1].role == "user":  # below whose messages Gradio draws no buttons
+    if conversation.turns and (options := _options(conversation.turns[-1], words)):
+        if conversation.turns[-1].role == "user":  # Gradio shows no buttons below user messages
             messages.append(_notice(words("no_reply")))
-        messages[-1]["options"] = ways_on
+        messages[-1]["options"] = options
     return messages
 
 
 def finished(turns: Iterable[Turn], words: Words) -> list[ChatbotMessage]:
-    """The messages of turns that no longer change."""
+    """The messages of finished turns."""
     return [message for turn in turns for message in _shown(turn, words)]
 
 
@@ -38,7 +38,7 @@ def in_progress(progress: Progress, words: Words) -> list[ChatbotMessage]:
 
 
 def turn_at(conversation: Conversation, index: int, words: Words) -> int:
-    """Which turn the message at `index` of the transcript shows. Raises `IndexError`."""
+    """The index of the turn that message `index` belongs to. Raises `IndexError`."""
     end = 0
     for number, turn in enumerate(conversation.turns):
         end += len(_shown(turn, words))
@@ -72,18 +72,18 @@ def _shown(turn: Turn, words: Words, writing: Progress | None = None) -> list[Ch
     return messages
 
 
-def _ways_on(turn: Turn, words: Words) -> list[dict[str, str]]:
-    ways = ["go_on"] if turn.can_go_on else []
+def _options(turn: Turn, words: Words) -> list[dict[str, str]]:
+    options = ["go_on"] if turn.can_go_on else []
     if turn.role == "user" or turn.problem:
-        ways.append("again")
-    return [{"label": words(way), "value": way} for way in ways]
+        options.append("again")
+    return [{"label": words(option), "value": option} for option in options]
 
 
 def _notice(text: str) -> ChatbotMessage:
-    # On one line: an empty one would end the HTML, and what follows would be Markdown.
+    # On one line: an empty line would end the HTML, and the rest would be read as Markdown.
     return _message("assistant", f'<div class="notice">{escape(" ".join(text.split()))}</div>')
 
 
 def _message(role: str, text: str) -> ChatbotMessage:
-    # As a part, since Gradio strips the indentation of a plain string.
+    # As a content part, because Gradio strips the indentation of a plain string.
     return {"role": role, "content": [{"type": "text", "text": text}]}

@@ -1,7 +1,7 @@
-"""All that the page says, in English and in Chinese.
+"""All texts of the page, in English and in Chinese.
 
-What stands still is translated in the browser, by its language (`i18n`); what is made for a reply
-is made here, by the language that the browser asks for (`words_for`).
+The browser translates fixed labels (`i18n`). The page's process fills in the texts of a reply, in
+the language that the browser asks for (`words_for`).
 """
 
 from collections.abc import Callable
@@ -12,29 +12,29 @@ Words = Callable[..., str]
 
 TEXTS = {
     # key: (English, Chinese)
-    "title": ("Llama 3, streamed", "Llama 3 流式对话"),
+    "title": ("Llama 3 chat", "Llama 3 对话"),
     "new": ("New conversation", "新对话"),
-    "conversations": ("Conversations", "对话"),
+    "conversations": ("Conversations", "对话列表"),
     "settings": ("Settings", "设置"),
     "message": ("Message", "消息"),
     "ask": (
-        "Ask something. Enter sends it, Shift+Enter makes a new line.",
-        "输入消息。Enter 发送，Shift+Enter 换行。",
+        "Type a message. Enter sends it, Shift+Enter starts a new line.",
+        "输入消息，Enter 发送，Shift+Enter 换行",
     ),
     "chat": ("Conversation", "对话内容"),
     "welcome": (
-        "### What shall we talk about?\n\nThe reply appears as the model writes it.",
-        "### 想聊点什么？\n\n模型边写，回复边显示。",
+        "### What would you like to talk about?\n\nReplies appear as the model writes them.",
+        "### 想聊点什么？\n\n回复会边生成边显示。",
     ),
-    "go_on": ("Continue", "继续"),
+    "go_on": ("Continue", "继续生成"),
     "again": ("Try again", "重试"),
-    "export_markdown": ("Save .md", "导出 .md"),
-    "export_json": ("Save .json", "导出 .json"),
-    "you": ("You", "您"),
+    "export_markdown": ("Export .md", "导出 .md"),
+    "export_json": ("Export .json", "导出 .json"),
+    "you": ("You", "你"),
     "model": ("Model", "模型"),
     "send": ("Send", "发送"),
     "halt": ("Stop", "停止"),
-    "edit": ("Your message, to be edited", "编辑消息"),
+    "edit": ("Edit your message", "编辑消息"),
     # settings
     "preset": ("Preset", "预设"),
     "preset_none": ("None", "无"),
@@ -43,117 +43,114 @@ TEXTS = {
     "preset_programmer": ("Programmer", "程序员"),
     "preset_translator": ("Translator", "翻译"),
     "system_prompt": ("System prompt", "系统提示词"),
-    "system_prompt_hint": ("How the model should behave", "希望模型如何表现"),
+    "system_prompt_hint": ("Tell the model how to answer", "告诉模型该怎样回答"),
     "temperature": ("Temperature", "温度"),
-    "temperature_info": ("0 always takes the likeliest token", "0 总是取最可能的词元"),
+    "temperature_info": ("0 always picks the most likely token", "0 表示总选概率最高的 token"),
     "top_p": ("Top-p", "Top-p"),
     "top_k": ("Top-k", "Top-k"),
-    "top_k_info": ("0: no limit", "0 表示不限"),
+    "top_k_info": ("0 means no limit", "0 表示不限"),
     "min_p": ("Min-p", "Min-p"),
     "repetition_penalty": ("Repetition penalty", "重复惩罚"),
-    "min_new_tokens": ("Minimum tokens", "最少词元数"),
-    "max_new_tokens": ("Maximum tokens", "最多词元数"),
+    "min_new_tokens": ("Minimum tokens", "最少 token 数"),
+    "max_new_tokens": ("Maximum tokens", "最多 token 数"),
     "seed": ("Seed", "随机种子"),
-    "seed_info": ("Empty: another one each time", "留空则每次不同"),
+    "seed_info": ("Random if empty", "留空则随机"),
     "stop": ("Stop strings", "停止字符串"),
-    "stop_info": ("One a line", "每行一个"),
-    "between": ("Between {least} and {greatest}", "介于 {least} 与 {greatest} 之间"),
-    "reset": ("As the model's own", "恢复模型默认值"),
+    "stop_info": ("One per line; any of them ends the reply", "每行一个，遇到任意一个即结束回复"),
+    "between": ("Allowed range: {least} to {greatest}", "可用范围：{least} 至 {greatest}"),
+    "reset": ("Reset to the model's defaults", "恢复模型默认值"),
     # tokens
-    "token_view": ("Token view", "词元视图"),
+    "token_view": ("Token view", "Token 视图"),
     "token_view_info": (
-        "Tints each token of the next replies by its probability; an alternative can be taken",
-        "为之后回复的每个词元按概率着色，并可改选其他词元",
+        "Colours each token of new replies by its probability, and lets you pick alternatives",
+        "按概率为新回复的每个 token 着色，还可以换选其他 token",
     ),
     "tokens_hint": (
-        "The paler, the surer. Point at a token, or move to it with the keyboard, for its "
-        "alternatives; take one to go on from there.",
-        "颜色越浅，模型越确定。用鼠标或键盘移到词元上查看其他候选，选择一个即从该处重新生成。",
+        "The stronger the colour, the less likely the token. Point at a token, tap it, or reach it "
+        "with the Tab key to see its alternatives. Pick one to continue the reply from there.",
+        "颜色越深，概率越低。鼠标指向、轻点或用 Tab 键移到某个 token，即可查看其他候选；"
+        "选中一个，回复就从那里继续生成。",
     ),
     "tokens_none": (
-        "Send a message: its reply is shown here token by token.",
-        "发送一条消息后，回复会在这里逐个词元显示。",
+        "Send a message to see its reply here, token by token.",
+        "发送消息后，这里会逐个 token 显示回复。",
     ),
     # a reply
     "thinking": ("Thinking…", "思考中…"),
-    "thought": ("Thought", "思考过程"),
-    "queued": ("Place {position} in the queue", "排队第 {position} 位"),
-    "reading": ("Reading {prompt} tokens", "正在读取 {prompt} 个词元"),
-    "asking": ("Asking the service", "正在连接服务"),
-    "prompt": ("{prompt} prompt tokens", "提示 {prompt} 个词元"),
+    "thought": ("Thoughts", "思考过程"),
+    "queued": ("Position {position} in the queue", "排队中，第 {position} 位"),
+    "reading": ("Reading {prompt} prompt tokens", "正在读取提示词，共 {prompt} 个 token"),
+    "asking": ("Contacting the service", "正在连接服务"),
+    "prompt": ("{prompt} prompt tokens", "提示词 {prompt} 个 token"),
     "cached": ("{cached} from the cache", "其中 {cached} 个来自缓存"),
-    "first": ("first token after {ms} ms", "首个词元 {ms} 毫秒"),
-    "rate": ("{rate} tokens/s", "{rate} 词元/秒"),
-    "written": ("{n} tokens", "{n} 个词元"),
+    "first": ("first token after {ms} ms", "首个 token 用时 {ms} 毫秒"),
+    "rate": ("{rate} tokens/s", "{rate} token/秒"),
+    "written": ("{n} tokens written", "生成 {n} 个 token"),
     "context": ("context {used} of {whole}", "上下文 {used} / {whole}"),
-    "trimmed": ("{n} earlier messages left out", "省略了较早的 {n} 条消息"),
+    "trimmed": ("earlier messages left out: {n}", "已省略较早的 {n} 条消息"),
     "ended_stop": ("complete", "已完成"),
-    "ended_length": ("ended at the maximum length", "达到最大长度"),
+    "ended_length": ("reached the length limit", "已达长度上限"),
     "ended_abort": ("stopped", "已停止"),
     "used": ("Settings used", "所用设置"),
-    # what goes wrong
+    # errors
     "away": (
-        "The service is not there. Start llama3_service.py, then try again.",
-        "服务没有运行。请启动 llama3_service.py，然后重试。",
+        "Cannot reach the service. Start llama3_service.py, then try again.",
+        "无法连接服务。请启动 llama3_service.py，然后重试。",
     ),
     "loading": (
         "The service is loading its model or shutting down. Try again in a moment.",
-        "服务正在加载模型或正在关闭。请稍后重试。",
+        "服务正在加载模型或正在关闭，请稍后重试。",
     ),
     "full": (
-        "The service is busy with others and its queue is full. Try again in a moment.",
-        "服务繁忙，队列已满。请稍后重试。",
+        "The service is busy and its queue is full. Try again in a moment.",
+        "服务繁忙，队列已满，请稍后重试。",
     ),
     "key": (
-        "The service asks for a key. Whoever runs this page must set LLAMA3_API_KEY to a valid one "
-        "and start the page again.",
-        "服务需要密钥。请页面的管理者把 LLAMA3_API_KEY 设为有效的密钥，并重新启动页面。",
+        "The service needs a valid API key. Ask the person who runs this page to set "
+        "LLAMA3_API_KEY and restart the page.",
+        "服务需要有效的 API 密钥。请联系页面管理员设置 LLAMA3_API_KEY，并重启页面。",
     ),
     "too_long": (
-        "This does not fit into the model's context. Shorten the message, or begin a new "
-        "conversation.",
-        "内容超出了模型的上下文。请缩短消息，或开始新对话。",
+        "This is too long for the model's context. Shorten it, or start a new conversation.",
+        "内容超出模型的上下文长度。请缩短内容，或开始新对话。",
     ),
     "broken": (
-        "The connection to the service was lost in the middle of the reply. What had come is kept: "
-        "continue it, or try again.",
-        "回复过程中与服务的连接断开。已收到的内容已保留：可以继续，也可以重试。",
+        "The connection to the service was lost. Continue from the text so far, or try again.",
+        "与服务的连接已断开。可以从已有内容继续生成，也可以重试。",
     ),
     "refused": ("The service could not reply: {why}", "服务无法回复：{why}"),
     "not_a_conversation": (
-        "This file is not a conversation saved by this page as JSON.",
-        "该文件不是由本页面导出的 JSON 对话。",
+        "This file is not a conversation that this page exported as JSON.",
+        "这不是本页面导出的 JSON 对话文件。",
     ),
-    "no_reply": ("No reply was kept.", "没有保存的回复。"),
+    "no_reply": ("This message has no reply yet.", "这条消息还没有回复。"),
     "too_large": (
-        "This message, or this conversation, is too long to be kept. Shorten the message, or begin "
-        "a new conversation.",
-        "消息或对话过长，无法保存。请缩短消息，或开始新对话。",
+        "This is too long to be saved. Shorten the message, or start a new conversation.",
+        "内容过长，无法保存。请缩短消息，或开始新对话。",
     ),
     "failed": (
-        "This page made a mistake; its log tells more. What has been kept is shown.",
-        "页面出错，详情见日志。现在显示的是已保存的内容。",
+        "Something went wrong on this page; its log has the details. You see the last saved state.",
+        "页面出错，详情见日志。当前显示的是最近一次保存的内容。",
     ),
-    "ready": ("context of {context} tokens", "上下文 {context} 个词元"),
-    # beside the conversations; used in the browser alone
+    "ready": ("context length: {context} tokens", "上下文长度：{context} 个 token"),
+    # the list of conversations; only the browser uses these texts
     "kept_where": (
-        "Kept in this browser only, not on the server.",
-        "对话只保存在此浏览器中，不在服务器上。",
+        "Saved only in this browser, not on the server.",
+        "对话只保存在此浏览器中，不会存到服务器。",
     ),
     "none_yet": ("No conversations yet.", "还没有对话。"),
     "delete": ("Delete", "删除"),
-    "delete_sure": ("Delete this conversation?", "删除这个对话？"),
-    "import": ("Open a JSON file", "导入 JSON"),
+    "delete_sure": ("Delete this conversation?", "确定删除这个对话吗？"),
+    "import": ("Import .json", "导入 .json"),
     "storage_full": (
-        "The browser's storage is full, so this conversation is not kept. Save it as a file, and "
-        "delete others.",
-        "浏览器存储空间已满，此对话未被保存。请导出为文件，并删除其他对话。",
+        "Not saved: the browser's storage is full. Export this conversation, then delete others.",
+        "未能保存：浏览器存储空间已满。请先导出此对话，再删除其他对话。",
     ),
-    "file_too_large": ("This file is too large.", "文件过大。"),
+    "file_too_large": ("This file is too large.", "文件太大。"),
 }
 
 PRESETS = {
-    # preset: the system prompt itself, in both languages
+    # preset: its system prompt, in both languages
     "preset_none": ("", ""),
     "preset_brief": ("Answer in as few words as possible.", "请用尽量少的字回答。"),
     "preset_teacher": (
@@ -180,15 +177,15 @@ i18n = gr.I18n(en=_ENGLISH, zh=_CHINESE, **{"zh-CN": _CHINESE, "zh-TW": _CHINESE
 
 
 def language_of(request: gr.Request | None) -> str:
-    """ "zh" or "en", by what the browser asks for first."""
+    """Return "zh" if the browser prefers Chinese, else "en"."""
     accepted = request.headers.get("accept-language", "") if request else ""
     return "zh" if accepted.strip().lower().startswith("zh") else "en"
 
 
 def words_for(language: str) -> Words:
-    """A function from a key, and what fills its gaps, to the text in that language."""
+    """Return a function that looks up a text by its key and fills in its placeholders."""
     column = _COLUMNS[language]
-    return lambda key, **gaps: TEXTS[key][column].format(**gaps)
+    return lambda key, **values: TEXTS[key][column].format(**values)
 
 
 def words_of(request: gr.Request | None) -> Words:
@@ -201,10 +198,10 @@ def preset(name: str, language: str) -> str:
 
 
 def preset_of(system_prompt: str) -> str | None:
-    """Which preset a system prompt is, in whatever language."""
+    """The preset with this system prompt in any language; None if no preset has it."""
     return next((name for name, prompts in PRESETS.items() if system_prompt in prompts), None)
 
 
 def texts(*keys: str) -> dict[str, dict[str, str]]:
-    """Some texts in each language, for scripts of the page."""
+    """Some texts in each language, for the page's scripts."""
     return {lang: {key: TEXTS[key][n] for key in keys} for lang, n in _COLUMNS.items()}

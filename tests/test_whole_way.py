@@ -126,7 +126,7 @@ def test_a_page_that_cannot_start_ends_the_command_with_1(
 ) -> None:
     monkeypatch.setenv("LLAMA3_APP_AUTH", "a name alone")
     service = command("-P", "0", "--app", "--app-port", "0")
-    service.read_until("--auth wants NAME:PASSWORD")
+    service.read_until("--auth must have the form NAME:PASSWORD")
     service.read_until("the chat page could not start, so the service ends")
     assert service.process.wait(TIMEOUT) == 1
 

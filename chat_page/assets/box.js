@@ -1,5 +1,5 @@
-// The box for messages. What is sent leaves it at once, before Gradio sees the key or the click, so
-// that what is typed next stays; it is kept for this tab until the server has it, as a draft is.
+// The message box. Sending empties the box before Gradio handles the key or the click, so that text
+// typed next stays. This tab keeps the sent message as a draft until the server has the message.
 window.box = (() => {
   const { early } = window.common;
   const DRAFT = "llm-chat-draft";
@@ -13,7 +13,7 @@ window.box = (() => {
   }
   function send(event) {
     const message = area().value;
-    if (message.trim() && !window.lane.isWriting()) {
+    if (message.trim() && !window.eventQueue.isWriting()) {
       sent.push(message);
       window.chat.follow();
       fill("");

@@ -1,4 +1,4 @@
-// What several of the page's scripts need.
+// Functions that several scripts of the page share.
 window.common = {
   language: navigator.language.toLowerCase().startsWith("zh") ? "zh" : "en",
 
@@ -8,6 +8,6 @@ window.common = {
     made.append(...children);
     return made;
   },
-  // Hear of an event before Gradio does.
+  // Handle an event before Gradio does.
   early: (name, handle) => addEventListener(name, handle, true),
 };

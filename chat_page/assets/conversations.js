@@ -1,7 +1,7 @@
-// The visitor's conversations, in their browser's storage: what is kept, shown and asked for.
+// The user's conversations: those in the browser's storage, and the one that this tab shows.
 window.conversations = (() => {
   const PREFIX = "llm-chat:";
-  const OPEN = "llm-chat-open"; // of this tab
+  const OPEN = "llm-chat-open"; // the id of the conversation that this tab shows
   const entry = (id) => PREFIX + id;
 
   function parsed(text) {
@@ -27,7 +27,7 @@ window.conversations = (() => {
     }
   }
 
-  // On a narrow screen the list lies over the chat: closed, when it has served.
+  // Close the list on a narrow screen, where it covers the chat.
   function closeList() {
     if (matchMedia("(max-width: 768px)").matches) {
       document.querySelector("#left.open .toggle-button")?.click();
@@ -35,8 +35,8 @@ window.conversations = (() => {
   }
 
   return {
-    current: null, // the one that is shown
-    asked: {}, // what was last asked for: `chosen`, `brought` (a file's text), `deleted`
+    current: null, // the conversation on show
+    requested: {}, // input of the next event: `chosen`, `imported` (a file's text) or `deleted`
 
     all() {
       return Object.keys(localStorage)
@@ -45,26 +45,26 @@ window.conversations = (() => {
         .filter((conversation) => conversation?.id && conversation.turns?.length)
         .sort((a, b) => b.updated - a.updated);
     },
-    // This one is shown now, as it is here. Another tab may have gone on with it meanwhile.
+    // Show a conversation, and store it if no newer version is stored. False if storage is full.
     show(conversation) {
       if (conversation.id !== this.current?.id) window.chat.follow();
       this.current = conversation;
       sessionStorage.setItem(OPEN, conversation.id);
       return read(conversation.id)?.updated > conversation.updated || keep(conversation);
     },
-    // The settings of this one have changed, whether it is still shown or not.
-    set({ id, settings }) {
+    // Change the settings of a conversation, on show or not. False if storage is full.
+    changeSettings({ id, settings }) {
       if (id === this.current?.id) this.current = { ...this.current, settings };
-      const kept = read(id); // which another tab may have gone on with
+      const kept = read(id); // another tab may have stored a newer version
       return !kept || keep({ ...kept, settings });
     },
-    // One as it is now: another tab may have gone on with what is shown here.
+    // The newest version of a conversation, on show or stored; null if there is none.
     newest(id) {
       const shown = this.current?.id === id ? this.current : null;
       const kept = read(id);
       return kept && !(shown?.updated >= kept.updated) ? kept : shown;
     },
-    // What has become of the one that was shown when an event began.
+    // The newest version of `seen`, the conversation on show when an event began.
     latest(seen) {
       return this.newest((seen ?? this.current)?.id) ?? seen;
     },
@@ -83,12 +83,12 @@ window.conversations = (() => {
       localStorage.removeItem(entry(id));
     },
 
-    // What is to be opened, as the next event brings it.
+    // The conversation to open, for each kind of event; null for a new one.
     none() {
       closeList();
       return null;
     },
-    // The one that this tab showed before it was loaded anew.
+    // The conversation that this tab showed before it was reloaded.
     opened() {
       closeList();
       window.box.restore();
@@ -96,14 +96,14 @@ window.conversations = (() => {
     },
     chosen() {
       closeList();
-      return this.newest(this.asked.chosen.id) ?? this.latest(); // it may have been deleted since
+      return this.newest(this.requested.chosen.id) ?? this.latest(); // it may be deleted by now
     },
-    brought() {
+    imported() {
       closeList();
-      return this.asked.brought;
+      return this.requested.imported;
     },
     deleted() {
-      this.remove(this.asked.deleted.id); // nothing more is written to it
+      this.remove(this.requested.deleted.id); // its reply has ended: nothing stores it again
       return null;
     },
   };

@@ -1,5 +1,4 @@
-// The page marks what must not be read as HTML or as a formula by an invisible character. Nobody
-// wants it in what they copy.
+// Remove the invisible marks of `markup.py` from copied text.
 (() => {
   const unmarked = (text) => text.replaceAll("\u2060", "");
   if (navigator.clipboard) {
@@ -13,7 +12,7 @@
       event.preventDefault();
     }
   });
-  // (The text of a message that is edited is a copy of it, too.)
+  // A message that is being edited is a copy, too.
   document.addEventListener("focusin", ({ target }) => {
     if (target.classList.contains("edit-textarea") && target.value !== unmarked(target.value)) {
       target.value = unmarked(target.value);

@@ -1,6 +1,6 @@
-// The chat follows the reply that grows, unless its reader has scrolled up.
+// Scroll the chat with a growing reply, unless the user has scrolled up.
 window.chat = (() => {
-  const NEAR = 8; // pixels from the end
+  const NEAR = 8; // pixels; the end of the chat counts as reached within this distance
   let follows = true;
   const area = () => document.querySelector("#chat [role=log]");
 

@@ -1,5 +1,5 @@
-// Gradio names a message by its whole text, HTML and all, and leaves other things without a name.
-// A screen reader reads the text itself; what it needs is who speaks, and what a button is for.
+// Labels for screen readers. Gradio labels a message with its whole text, HTML included, and leaves
+// some buttons without a label. Here a message's label is its speaker, and each button has one.
 (() => {
   const words = () => window.pageWords?.[document.documentElement.lang] ?? {};
   const label = (selector, text) => {
@@ -15,7 +15,7 @@
     for (const title of document.querySelectorAll("#chat .thought-group .title")) {
       title.setAttribute("aria-expanded", title.classList.contains("expanded"));
       for (const arrow of title.querySelectorAll("button")) {
-        arrow.disabled = true; // a button within a button; a click goes to the outer one
+        arrow.disabled = true; // a button inside a button; clicks go to the outer one
         arrow.ariaHidden = "true";
       }
     }

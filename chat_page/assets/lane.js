@@ -1,13 +1,13 @@
-// One thing at a time. A reply comes in many updates, and Gradio promises no order between those
-// and the updates of another event: one that is late would be drawn over what was opened meanwhile.
-// So whatever changes the conversation enters here, and leaves when its last update is drawn. This
-// element's value is the id of the reply that is being written.
-let last = Promise.resolve(); // until whoever entered last has left
+// A queue of the events that change the conversation. Gradio promises no order between the updates
+// of two events, so a late update of a reply could be drawn over a conversation opened meanwhile.
+// An event enters the queue, waits for its turn, and leaves after its last update is drawn. The
+// value of this element is the id of the reply that is being written.
+let last = Promise.resolve(); // resolves when the newest event has left
 let begin;
-const begun = new Promise((resolve) => (begin = resolve)); // what opens the page goes first
+const begun = new Promise((resolve) => (begin = resolve)); // resolves when `open` is called
 let leave = () => {};
-let inside = 0; // who has entered and not left
-let hurried = 0; // how many wait for whom that reply is to end
+let inside = 0; // events that have entered and not left
+let hurried = 0; // waiting events for which the current reply must end
 
 function stop() {
   if (hurried && props.value) trigger("stop");
@@ -32,27 +32,27 @@ async function next(seen, hurry) {
   return window.conversations.latest(seen);
 }
 
-window.lane = {
-  // Waits for those before, and brings the conversation as it is then.
+window.eventQueue = {
+  // Wait for all earlier events, then return the conversation. hurry: stop the current reply.
   async enter(seen, hurry = true) {
     await begun;
     return next(seen, hurry);
   },
-  // The event that opens the page enters here. Events that came earlier wait behind it.
-  first() {
+  // Open the queue with the event that opens the page. Events that came earlier wait behind it.
+  open() {
     const entered = next(null, true);
     begin();
     return entered;
   },
   leave: () => leave(),
   isWriting: () => Boolean(props.value),
-  // Comes when nobody is inside.
-  async free() {
+  // Wait until the queue is empty.
+  async empty() {
     while (inside) await last;
   },
 };
 
 watch("value", () => {
-  window.box.keep(); // the server has what was sent
-  stop(); // also a reply whose id was not known yet
+  window.box.keep(); // the server has the sent message now
+  stop(); // an event may have come before the reply's id was known
 });

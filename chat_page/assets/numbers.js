@@ -1,5 +1,5 @@
-// A number outside of its field's bounds becomes the nearest of them, before Gradio sees it and
-// fails; a line says so. An empty field is the model's own choice, where there is no slider.
+// Replace a number out of its field's bounds by the nearest bound, and show the bounds in a line.
+// Gradio would fail on such a number. A field without a slider may be empty: the model's default.
 (() => {
   const field = ({ target }) => (target.matches?.("#right input[type=number]") ? target : null);
   const { early, language, make } = window.common;
@@ -11,7 +11,7 @@
     input.closest(".block").querySelector(".between")?.remove();
   });
   early("keydown", (event) => event.key === "Enter" && field(event)?.blur());
-  // Gradio takes a slider's value when the pointer leaves it, and knows no keys.
+  // Gradio reads a slider when the pointer releases it, and ignores keys.
   early("keyup", ({ target }) => {
     if (!target.matches?.("#right input[type=range]")) return;
     target.dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));

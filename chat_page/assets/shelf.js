@@ -3,7 +3,7 @@ const words = props.words[language];
 document.documentElement.lang = language;
 
 function open(conversation) {
-  window.conversations.asked.chosen = conversation;
+  window.conversations.requested.chosen = conversation;
   trigger("choose");
 }
 
@@ -20,8 +20,8 @@ function row(conversation) {
   remove.onclick = () => {
     if (!confirm(words.delete_sure)) return;
     if (current) {
-      window.conversations.asked.deleted = conversation;
-      trigger("fresh");
+      window.conversations.requested.deleted = conversation;
+      trigger("delete_open");
     } else {
       window.conversations.remove(conversation.id);
       draw();
@@ -36,11 +36,11 @@ function fileButton() {
     const [chosen] = file.files;
     file.value = "";
     if (!chosen) return;
-    if (chosen.size > props.most) return draw(words.file_too_large);
-    window.conversations.asked.brought = await chosen.text();
-    trigger("bring");
+    if (chosen.size > props.max_size) return draw(words.file_too_large);
+    window.conversations.requested.imported = await chosen.text();
+    trigger("import_file");
   };
-  return make("label", { class: "bring" }, words.import, file);
+  return make("label", { class: "import" }, words.import, file);
 }
 
 let drawn = "";
@@ -49,11 +49,11 @@ function draw(note = "") {
   const all = window.conversations.all();
   const names = all.map(({ id, name }) => [id, name]);
   const state = JSON.stringify([names, props.value?.id, note]);
-  if (state === drawn) return; // so that who moves through it by keyboard keeps their place
+  if (state === drawn) return; // a new list would lose the keyboard focus
   drawn = state;
   const rows = all.map(row);
   const list = make("ul", { "aria-label": words.conversations }, ...rows);
-  element.querySelector(".shelf").replaceChildren(
+  element.querySelector(".conversation-list").replaceChildren(
     rows.length ? list : make("p", { class: "note" }, words.none_yet),
     make("p", { class: "note", role: "status" }, note),
     fileButton(),
@@ -61,21 +61,23 @@ function draw(note = "") {
   );
 }
 
-const note = (kept) => draw(kept ? "" : words.storage_full);
+const report = (isStored) => draw(isStored ? "" : words.storage_full);
 
-watch("value", () => note(!props.value || window.conversations.show(props.value)));
-watch("set", () => note(!props.set || window.conversations.set(props.set)));
+watch("value", () => report(!props.value || window.conversations.show(props.value)));
+watch("changed_settings", () => {
+  report(!props.changed_settings || window.conversations.changeSettings(props.changed_settings));
+});
 let waits = false; // to show what another tab has changed
 
 addEventListener("storage", async ({ key }) => {
   draw();
   if (waits || !window.conversations.isCurrent(key)) return;
   waits = true;
-  await window.lane.free(); // what changes meanwhile is shown with it
+  await window.eventQueue.empty(); // one redraw then shows all changes made meanwhile
   waits = false;
   const changed = window.conversations.changedElsewhere();
   if (!changed) return;
-  window.conversations.current = changed; // of two that are equally new, the other tab's
+  window.conversations.current = changed; // if both are equally new, the other tab's version wins
   open(changed);
 });
 draw();

@@ -6,9 +6,9 @@ const visible = (text) => text.replaceAll("\n", "↵").replaceAll(" ", "␣") ||
 
 function menu(token, index) {
   const rows = token.alternatives.map((other) => {
-    const take = make("button", {}, make("code", {}, visible(other.text)), percent(other.probability));
-    take.onclick = () => trigger("take", { token: index, choice: other.choice });
-    return take;
+    const choose = make("button", {}, make("code", {}, visible(other.text)), percent(other.probability));
+    choose.onclick = () => trigger("choose", { token: index, choice: other.choice });
+    return choose;
   });
   const chosen = make("p", {}, make("code", {}, visible(token.text)), percent(token.probability));
   return make("div", { class: "alternatives" }, chosen, ...rows);
@@ -20,7 +20,7 @@ function piece(token, index) {
   const made = make("span", { class: "token", tabindex: "0", role: "button" }, token.text || "·");
   made.setAttribute("aria-label", `${visible(token.text)} ${percent(token.probability)}`);
   made.style.setProperty("--doubt", Math.min(1, -Math.log(token.probability + 1e-9) / 4).toFixed(2));
-  // Only the token that is looked at has its menu: thousands of them would weigh on the page.
+  // One menu at a time: a menu for each of thousands of tokens would slow down the page.
   const show = () => {
     hide();
     const shown = menu(token, index);

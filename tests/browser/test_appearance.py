@@ -37,7 +37,7 @@ def test_markup_in_a_message_is_shown_as_text(visitor: Any) -> None:
         page.locator(f"{made}:not(.meter *)").count()
         == page.locator("#chat .copy_code_button svg").count()
     )
-    assert page.locator(".shelf :is(i, img)").count() == 0
+    assert page.locator(".conversation-list :is(i, img)").count() == 0
     assert page.evaluate("window.hit") is None
     text = answers(page).inner_text().replace("\u2060", "")
     for part in ("<b>bold</b>", "onerror='window.hit=1'", "!remote", "<u>y</u>", "<form>"):
@@ -99,10 +99,10 @@ def test_the_page_fits_a_phone(visitor: Any) -> None:
         send(page, "Hello.")
     expect(answers(page)).to_have_count(2)
     page.get_by_role("button", name="Conversations").tap()
-    expect(page.locator(".shelf .open").first).to_be_in_viewport()
+    expect(page.locator(".conversation-list .open").first).to_be_in_viewport()
     page.get_by_role("button", name="New conversation").tap()
     expect(page.locator("#chat .message-row")).to_have_count(0)
-    expect(page.locator(".shelf .open").first).not_to_be_in_viewport()
+    expect(page.locator(".conversation-list .open").first).not_to_be_in_viewport()
 
 
 def test_a_token_that_is_tapped_shows_its_alternatives(visitor: Any) -> None:
@@ -138,7 +138,7 @@ def test_every_control_is_reached_by_the_keyboard(visitor: Any) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_no_serious_violation(visitor: Any, scheme: str) -> None:
     turns = [*talk(RICH), *talk("cut", question="go on")]
-    turns[-1] |= {"problem": "The service is not there.", "figures": {"finish_reason": "length"}}
+    turns[-1] |= {"problem": "Cannot reach the service.", "figures": {"finish_reason": "length"}}
     page = visitor(turns, profile={"color_scheme": scheme, "reduced_motion": "reduce"})
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("checkbox", name="Token view").check()

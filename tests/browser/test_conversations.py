@@ -42,16 +42,18 @@ def test_conversations_outlive_a_reload_and_a_restart_of_the_page(
     with writing(page):
         send(page, "And cats?")
         halt(page)  # nothing else limits it
-    expect(page.locator(".shelf .open")).to_have_text(["And cats?", "Tell me about rainbows."])
+    expect(page.locator(".conversation-list .open")).to_have_text(
+        ["And cats?", "Tell me about rainbows."]
+    )
     address.kill()
     address.start()
     page.reload()
     expect(page.locator("#chat .user-row")).to_have_text(re.compile("And cats?"))
-    page.locator(".shelf .open", has_text="rainbows").click()
+    page.locator(".conversation-list .open", has_text="rainbows").click()
     expect(answers(page)).to_have_text(answer)
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="Delete: Tell me about rainbows.").click()
-    expect(page.locator(".shelf .open")).to_have_text(["And cats?"])
+    expect(page.locator(".conversation-list .open")).to_have_text(["And cats?"])
     expect(page.locator("#chat .message-row")).to_have_count(0)
 
 
@@ -60,23 +62,23 @@ def test_a_conversation_can_be_saved_to_a_file_and_loaded_from_it(
 ) -> None:
     page = visitor(talk("Blue <b>and</b> wide."))
     with page.expect_download() as saving:
-        page.get_by_role("button", name="Save .json").click()
+        page.get_by_role("button", name="Export .json").click()
     saved = tmp_path / saving.value.suggested_filename
     saving.value.save_as(saved)
     assert saved.name == "What-is-the-sea.json"
     assert json.loads(saved.read_text())["turns"][1]["content"] == "Blue <b>and</b> wide."
     with page.expect_download() as saving:
-        page.get_by_role("button", name="Save .md").click()
+        page.get_by_role("button", name="Export .md").click()
     assert "## Assistant\n\nBlue <b>and</b> wide." in saving.value.path().read_text()
     other = visitor()
-    other.locator(".shelf input[type=file]").set_input_files(saved)
+    other.locator(".conversation-list input[type=file]").set_input_files(saved)
     expect(answers(other)).to_contain_text("wide.")
-    expect(other.locator(".shelf .open")).to_have_text(["What is the sea?"])
+    expect(other.locator(".conversation-list .open")).to_have_text(["What is the sea?"])
     wrong = tmp_path / "wrong.json"
     wrong.write_text('{"turns": 3}')
-    other.locator(".shelf input[type=file]").set_input_files(wrong)
-    expect(other.get_by_text("not a conversation saved by this page")).to_be_visible()
-    expect(other.get_by_text("This page made a mistake")).to_have_count(0)
+    other.locator(".conversation-list input[type=file]").set_input_files(wrong)
+    expect(other.get_by_text("not a conversation that this page exported")).to_be_visible()
+    expect(other.get_by_text("Something went wrong on this page")).to_have_count(0)
     expect(answers(other)).to_contain_text("wide.")
 
 
@@ -92,12 +94,12 @@ def test_opening_another_conversation_ends_the_reply_in_this_one(
     wait_for(lambda: figure(service, "llm_requests_running") == 0)
     with both_places_taken(service):
         send(page, "Never mind.")
-        expect(meters(page).last).to_contain_text("Place 1 in the queue")
-        page.locator(".shelf .open", has_text=ASK).click()
+        expect(meters(page).last).to_contain_text("Position 1 in the queue")
+        page.locator(".conversation-list .open", has_text=ASK).click()
         expect(page.locator("#chat .user-row")).to_have_text(re.compile(ASK))
         wait_for(lambda: figure(service, "llm_requests_waiting") == 0)
         assert figure(service, "llm_requests_running") == 2, "the others have not ended"
-    expect(page.locator(".shelf .open")).to_have_text(["Never mind.", ASK])
+    expect(page.locator(".conversation-list .open")).to_have_text(["Never mind.", ASK])
     expect(page.locator("#chat .user-row")).to_have_text(re.compile(ASK))
 
 
@@ -111,12 +113,12 @@ def test_events_in_quick_succession_leave_the_page_consistent(visitor: Any) -> N
         page.locator("#box textarea").fill(f"Question {round}?")
         with settling(page, events=2):
             page.keyboard.press("Enter")
-            page.evaluate(f"document.querySelectorAll('.shelf .open')[{round}].click()")
+            page.evaluate(f"document.querySelectorAll('.conversation-list .open')[{round}].click()")
         kept = page.evaluate("window.conversations.current.turns.map(turn => turn.content)")
         expect(page.locator("#chat .user-row")).to_have_text([kept[0]])
         assert len(kept) == 2, kept
         expect(answers(page)).to_have_count(1 if kept[1] else 0)
-        expect(page.locator(".shelf .open[aria-current]")).to_have_text(kept[0])
+        expect(page.locator(".conversation-list .open[aria-current]")).to_have_text(kept[0])
         shown.append(kept[0])
     assert len(conversations(page)) == 9, shown
 
@@ -129,12 +131,12 @@ def test_leaving_a_conversation_keeps_the_text_of_its_reply(visitor: Any) -> Non
     expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
     seen = page.evaluate(
         """() => {
-            document.querySelectorAll(".shelf .open")[1].click();
+            document.querySelectorAll(".conversation-list .open")[1].click();
             return document.querySelector("#chat .bot-row .message-content").textContent.trim();
         }"""
     )
     expect(answers(page)).to_have_text("The sea is blue.")
-    page.locator(".shelf .open", has_text=ASK).click()
+    page.locator(".conversation-list .open", has_text=ASK).click()
     expect(meters(page)).to_contain_text("stopped")
     assert answers(page).inner_text().startswith(seen[:20])
     assert len(answers(page).inner_text()) >= len(seen)
@@ -146,7 +148,7 @@ def test_opening_the_conversation_whose_reply_grows_keeps_the_text(visitor: Any)
     expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
     seen = page.evaluate(
         """() => {
-            document.querySelector(".shelf .open").click();
+            document.querySelector(".conversation-list .open").click();
             return document.querySelector("#chat .bot-row .message-content").textContent.trim();
         }"""
     )
@@ -192,7 +194,7 @@ def test_a_conversation_that_is_deleted_during_its_reply_does_not_come_back(visi
         page.get_by_role("button", name="Delete: What is the sea?").click()
     expect(page.locator("#chat .message-row")).to_have_count(0)
     assert conversations(page) == {}
-    expect(page.locator(".shelf .open")).to_have_count(0)
+    expect(page.locator(".conversation-list .open")).to_have_count(0)
 
 
 def test_delete_removes_the_conversation_that_was_chosen(visitor: Any) -> None:
@@ -205,8 +207,8 @@ def test_delete_removes_the_conversation_that_was_chosen(visitor: Any) -> None:
     with settling(page, events=2):
         page.evaluate(
             """() => {
-                document.querySelectorAll(".shelf .delete")[0].click();
-                document.querySelectorAll(".shelf .open")[1].click();
+                document.querySelectorAll(".conversation-list .delete")[0].click();
+                document.querySelectorAll(".conversation-list .open")[1].click();
             }"""
         )
     expect(answers(page)).to_have_text("The sea is blue.")
@@ -228,5 +230,5 @@ def test_the_page_reports_a_full_storage(visitor: Any) -> None:
     )
     with writing(page):
         send(page, ASK)
-    expect(page.locator(".shelf [role=status]")).to_contain_text("storage is full")
+    expect(page.locator(".conversation-list [role=status]")).to_contain_text("storage is full")
     expect(answers(page)).not_to_be_empty()

@@ -45,7 +45,7 @@ def test_a_message_that_is_sent_before_the_settings_are_shown_goes_with_them(vis
         """addEventListener("DOMContentLoaded", () => {
             new MutationObserver((_, observer) => {
                 const text = document.querySelector("#box textarea");
-                if (!text || !window.lane) return;
+                if (!text || !window.eventQueue) return;
                 observer.disconnect();
                 text.value = "Early.";
                 text.dispatchEvent(new Event("input"));
@@ -71,8 +71,10 @@ def test_numbers_out_of_bounds_are_reported_and_become_the_nearest(visitor: Any)
             field.fill(wrong)
             field.blur()
         expect(field).to_have_value(right)
-    between = ["Between 0 and 5", "Between 0 and 1", "Between 1 and 2048"]
-    expect(page.locator("#right .between")).to_have_text([*between, re.compile("Between 0 and 9")])
+    between = ["Allowed range: 0 to 5", "Allowed range: 0 to 1", "Allowed range: 1 to 2048"]
+    expect(page.locator("#right .between")).to_have_text(
+        [*between, re.compile("Allowed range: 0 to 9")]
+    )
     expect(page.locator(".toast-body")).to_have_count(0)
     page.get_by_label("Maximum tokens").fill("5")
     send(page, "Hello.")
@@ -92,7 +94,7 @@ def test_each_conversation_keeps_its_own_preset(visitor: Any) -> None:
     page.get_by_role("button", name="New conversation").click()
     expect(page.get_by_label("System prompt")).to_have_value("")
     expect(page.get_by_label("Preset")).to_have_value("None")
-    page.locator(".shelf .open").click()
+    page.locator(".conversation-list .open").click()
     expect(page.get_by_label("System prompt")).to_have_value(re.compile("as few words"))
     expect(page.get_by_label("Preset")).to_have_value("Brief")
 

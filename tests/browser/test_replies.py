@@ -40,7 +40,7 @@ def test_a_reply_grows_on_the_page(visitor: Any) -> None:
     )
     with writing(page):
         send(page, "Write about the sea.")
-    expect(meters(page).last).to_contain_text(re.compile("complete|ended at the maximum length"))
+    expect(meters(page).last).to_contain_text(re.compile("complete|reached the length limit"))
     final = answers(page).last.inner_text().strip()
     steps = [text.strip() for text in page.evaluate("window.seen")]
     partial = {text for text in steps if text != final and final.startswith(text)}
@@ -66,7 +66,7 @@ def test_stop_ends_a_reply_before_its_first_word(visitor: Any, service: Process)
     page = visitor(**SHORT)
     with both_places_taken(service), writing(page):
         send(page, "Never mind.")
-        expect(meters(page).last).to_contain_text("Place 1 in the queue")
+        expect(meters(page).last).to_contain_text("Position 1 in the queue")
         page.locator("#box .stop-button").click()
         expect(meters(page).last).to_contain_text("stopped")
     expect(answers(page)).to_have_count(0)
@@ -120,7 +120,7 @@ def test_a_growing_reply_does_not_move_a_reader_who_has_scrolled_up(visitor: Any
 
 def test_a_message_without_a_reply_can_be_tried_again(visitor: Any) -> None:
     page = visitor([said("user", "What is the sea?")], **SHORT)
-    expect(page.locator("#chat .notice")).to_have_text("No reply was kept.")
+    expect(page.locator("#chat .notice")).to_have_text("This message has no reply yet.")
     with writing(page):
         chosen(page, "Try again").click()
     expect(answers(page)).to_have_count(1)
@@ -161,7 +161,7 @@ def test_the_page_reports_a_killed_service_and_keeps_the_text(
         text = answers(page).inner_text().strip()
         assert text
         chosen(page, "Continue").click()
-        expect(page.locator("#chat .notice")).to_contain_text("is not there")
+        expect(page.locator("#chat .notice")).to_contain_text("Cannot reach the service")
         assert answers(page).inner_text().strip() == text
     finally:
         service.start()
@@ -200,7 +200,7 @@ def test_an_event_that_fails_does_not_block_the_page(visitor: Any) -> None:
     page.evaluate("window.conversations.current.turns = []")  # so that no message can be edited
     page.locator("#chat").get_by_role("button", name="Edit").click()
     page.locator("#chat").get_by_role("button", name="Submit").click()
-    expect(page.get_by_text("This page made a mistake")).to_be_visible()
+    expect(page.get_by_text("Something went wrong on this page")).to_be_visible()
     expect(page.locator("#chat .message-row")).to_have_count(0)  # what is kept, and no more
     with writing(page):
         send(page, "More.")

@@ -16,10 +16,14 @@ def test_two_tabs_keep_each_others_conversations(visitor: Any) -> None:
     other.locator("#status h1").wait_for()
     with writing(other):
         send(other, "Hello there.")
-    expect(page.locator(".shelf .open")).to_have_text(["Hello there.", "What is the sea?"])
+    expect(page.locator(".conversation-list .open")).to_have_text(
+        ["Hello there.", "What is the sea?"]
+    )
     with writing(page):
         send(page, "More.")
-    expect(other.locator(".shelf .open")).to_have_text(["What is the sea?", "Hello there."])
+    expect(other.locator(".conversation-list .open")).to_have_text(
+        ["What is the sea?", "Hello there."]
+    )
 
 
 def two_tabs(visitor: Callable[..., Page]) -> tuple[Page, Page]:
@@ -63,7 +67,7 @@ def test_a_setting_changes_in_both_tabs(visitor: Any) -> None:
 
 def test_a_busy_tab_shows_afterwards_what_another_has_written(visitor: Any) -> None:
     page, other = two_tabs(visitor)
-    other.evaluate("window.lane.enter(null, false)")
+    other.evaluate("window.eventQueue.enter(null, false)")
     with writing(page):
         send(page, "More.")
     expect(answers(page)).to_have_count(2)
@@ -71,5 +75,5 @@ def test_a_busy_tab_shows_afterwards_what_another_has_written(visitor: Any) -> N
         "window.conversations.newest(window.conversations.current.id).turns.length === 4"
     )
     expect(answers(other)).to_have_count(1)
-    other.evaluate("window.lane.leave()")
+    other.evaluate("window.eventQueue.leave()")
     expect(answers(other)).to_have_text(answers(page).all_inner_texts())

@@ -50,7 +50,7 @@ def outcome(updates: Iterator[dict[Any, Any]]) -> dict[Any, Any]:
 
 
 def kept(page: Page, shown: dict[Any, Any]) -> list[str]:
-    return [turn["content"] for turn in shown[page.layout.shelf]["turns"]]
+    return [turn["content"] for turn in shown[page.layout.conversation_list]["turns"]]
 
 
 def ask(page: Page, message: str, value: Any = None, with_tokens: bool = False) -> dict[Any, Any]:
@@ -61,10 +61,10 @@ def test_a_message_is_answered_and_the_conversation_kept(serve: ServiceFactory) 
     page = page_at(serve(fake_checkpoint(says("彩虹!"))).url)
     shown = ask(page, "hi")
     assert kept(page, shown) == ["hi", "彩虹!"]
-    more = ask(page, "more", shown[page.layout.shelf])
+    more = ask(page, "more", shown[page.layout.conversation_list])
     assert kept(page, more) == ["hi", "彩虹!", "more", "彩虹!"]
     assert shown[page.layout.box] == gr.update(submit_btn=True, stop_btn=False)
-    assert shown[page.layout.lane] is None
+    assert shown[page.layout.event_queue] is None
     assert outcome(page.events.send(None, "  ", None, False, None)) == gr.skip()
 
 
@@ -73,7 +73,7 @@ def test_the_visitors_message_is_kept_before_its_reply(serve: ServiceFactory) ->
     first = next(page.events.send(None, "hi", None, False, None))
     assert kept(page, first) == ["hi"]
     assert first[page.layout.box]["stop_btn"] is True
-    assert first[page.layout.lane]
+    assert first[page.layout.event_queue]
 
 
 def test_retry_edit_undo_and_going_on(serve: ServiceFactory) -> None:
@@ -81,7 +81,7 @@ def test_retry_edit_undo_and_going_on(serve: ServiceFactory) -> None:
     short = Conversation(settings=ChatSettings(max_new_tokens=2)).model_dump()
     cut = ask(page, "hi", short)
     assert kept(page, cut) == ["hi", "ab"]
-    value = cut[page.layout.shelf]
+    value = cut[page.layout.conversation_list]
     context = (value, page.events.about_service(), False, None)
     on = outcome(page.events.go_on(*context, SimpleNamespace(value="go_on")))
     assert kept(page, on) == ["hi", "abcd"]
@@ -104,7 +104,9 @@ def test_another_token_can_be_taken(serve: ServiceFactory) -> None:
     )
     tokens = (*shown[page.layout.tokens][:1], other, *shown[page.layout.tokens][2:])
     choice = SimpleNamespace(token=1, choice=0)
-    after = outcome(page.events.choose_token(shown[page.layout.shelf], None, tokens, None, choice))
+    after = outcome(
+        page.events.choose_token(shown[page.layout.conversation_list], None, tokens, None, choice)
+    )
     assert kept(page, after) == ["hi", "aZcd"]
     assert [token.text for token in after[page.layout.tokens]] == ["a", "Z", "c", "d"]
     stale = outcome(page.events.choose_token(None, None, tokens, None, choice))
@@ -141,8 +143,8 @@ def test_settings_that_this_model_does_not_allow_are_shown_as_the_nearest_it_doe
     assert shown[fields["max_new_tokens"]]["value"] == 512
     assert shown[fields["temperature"]]["value"] == 0
     assert shown[fields["seed"]]["value"] is None
-    answered = ask(page, "hi", shown[page.layout.shelf])
-    used = answered[page.layout.shelf]["turns"][-1]["figures"]["params"]
+    answered = ask(page, "hi", shown[page.layout.conversation_list])
+    used = answered[page.layout.conversation_list]["turns"][-1]["figures"]["params"]
     assert used["max_new_tokens"] == 512 - 18, "the prompt has 18"
 
 
@@ -156,12 +158,12 @@ def test_what_is_too_large_to_be_kept_goes_back_into_the_box(
     assert ask(page, message) == {page.layout.box: message}
     full = Conversation(turns=(Turn(role="user", content="hi"),) * MAX_TURNS)
     assert ask(page, "hi", full.model_dump()) == {page.layout.box: "hi"}
-    assert len([text for text in said if "too long to be kept" in text]) == 2
+    assert len([text for text in said if "too long to be saved" in text]) == 2
 
 
 def test_a_message_is_not_edited_away(serve: ServiceFactory) -> None:
     page = page_at(serve(fake_checkpoint(says("a"))).url)
-    value = ask(page, "hi")[page.layout.shelf]
+    value = ask(page, "hi")[page.layout.conversation_list]
     change = SimpleNamespace(index=0, value=" ")
     shown = outcome(page.events.edit(value, None, False, None, change))
     assert list(shown) == [page.layout.chat]
@@ -180,7 +182,7 @@ def test_what_gives_nothing_changes_nothing(serve: ServiceFactory) -> None:
 def test_a_service_that_is_away_is_said_and_the_conversation_still_opens() -> None:
     page = page_at("http://127.0.0.1:9")
     shown = outcome(page.events.show(Conversation().asked("hi").model_dump(), None))
-    assert "is not there" in shown[page.layout.status]
+    assert "Cannot reach the service" in shown[page.layout.status]
     assert kept(page, shown) == ["hi"]
 
 
@@ -201,7 +203,7 @@ def test_a_message_goes_with_its_conversations_settings_whatever_the_fields_show
     page = page_at(serve(fake_checkpoint(says("abcd"))).url)
     about = page.events.about_service()
     fields = ("", 0.6, 1.0, 0, 0, 1, 0, 3, None, "")
-    changed = events.keep_settings(None, about, *fields).props["set"]
+    changed = events.keep_settings(None, about, *fields).props["changed_settings"]
     assert changed["settings"]["max_new_tokens"] == 3
     conversation = Conversation(id=changed["id"], settings=ChatSettings(**changed["settings"]))
     assert kept(page, ask(page, "hi", conversation.model_dump())) == ["hi", "abc"]
@@ -211,13 +213,15 @@ def test_settings_outlive_a_service_that_was_away(serve: ServiceFactory) -> None
     page = page_at("http://127.0.0.1:9")
     value = Conversation().with_settings(ChatSettings(temperature=0.5)).model_dump()
     away = outcome(page.events.send(value, "hi", None, False, None))
-    assert "is not there" in away[page.layout.status]
-    value = away[page.layout.shelf]
+    assert "Cannot reach the service" in away[page.layout.status]
+    value = away[page.layout.conversation_list]
     page = page_at(serve(fake_checkpoint(says("a"))).url)
     back = outcome(page.events.send(value, "hi", None, False, None))
     assert "fake" in back[page.layout.status]
     assert back[page.layout.controls.fields["temperature"]]["value"] == 0.5
-    assert back[page.layout.shelf]["turns"][-1]["figures"]["params"]["temperature"] == 0.5
+    assert (
+        back[page.layout.conversation_list]["turns"][-1]["figures"]["params"]["temperature"] == 0.5
+    )
 
 
 def test_the_pages_settings_are_ones_that_the_service_knows(serve: ServiceFactory) -> None:

@@ -64,7 +64,7 @@ def test_a_conversation_is_named_by_its_first_message() -> None:
 def test_what_went_wrong_is_not_sent_as_something_the_model_said() -> None:
     conversation = talk(("a", "b"))
     conversation = conversation.asked("lost").replied(
-        reply("", problem="The service is not there.")
+        reply("", problem="Cannot reach the service.")
     )
     conversation = conversation.asked("c")
     assert conversation.messages() == [

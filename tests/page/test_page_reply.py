@@ -141,7 +141,7 @@ def test_a_reply_that_stands_at_the_end_is_continued(serve: ServiceFactory) -> N
 
 def test_tokens_come_with_their_alternatives_if_asked_for(serve: ServiceFactory) -> None:
     service = serve(fake_checkpoint(says("ab")))
-    *_, last = write(service, begun=())
+    *_, last = write(service, prefix_tokens=())
     assert [token.text for token in last.tokens] == ["a", "b"]
     assert len(last.tokens[0].alternatives) >= 4
     *_, last = write(service)
@@ -229,7 +229,7 @@ def test_a_visitor_who_leaves_ends_the_reply(serve: ServiceFactory) -> None:
 def test_what_goes_wrong_is_a_sentence_and_what_had_come_is_kept(serve: ServiceFactory) -> None:
     *_, away = write("http://127.0.0.1:9")
     assert away.turn.problem is not None
-    assert "is not there" in away.turn.problem
+    assert "Cannot reach the service" in away.turn.problem
     assert "llama3_service.py" in away.turn.problem
 
     def breaks(ids: list[int]) -> int:
@@ -243,7 +243,7 @@ def test_what_goes_wrong_is_a_sentence_and_what_had_come_is_kept(serve: ServiceF
     assert "could not reply" in str(broken.turn.problem)
     assert broken.turn.can_go_on
     *_, refused = write(service, Conversation().asked("a" * 2000))
-    assert "does not fit" in str(refused.turn.problem)
+    assert "too long for the model's context" in str(refused.turn.problem)
 
 
 def test_a_key_that_is_missing_and_a_full_queue_have_sentences_of_their_own(

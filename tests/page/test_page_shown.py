@@ -82,9 +82,9 @@ def test_a_reply_is_shown_as_thought_answer_problem_and_figures() -> None:
         Conversation().asked("a<i>").replied(turn), WORDS
     )
     assert texts([user, thought, answer]) == [f"a<{M}i>", "hm", f"so <{M}b>"]
-    assert thought["metadata"] == {"title": "Thought", "status": "done"}
+    assert thought["metadata"] == {"title": "Thoughts", "status": "done"}
     assert "It &lt;broke&gt;." in texts([problem])[0]
-    assert "ended at the maximum length" in texts([line])[0]
+    assert "reached the length limit" in texts([line])[0]
     assert [way["value"] for way in line["options"]] == ["go_on", "again"]
 
 
@@ -108,9 +108,9 @@ def test_every_message_leads_back_to_its_turn() -> None:
 @pytest.mark.parametrize(
     ("figures", "position", "expected"),
     [
-        (Figures(), None, "Asking the service"),
-        (Figures(prompt_tokens=9), 3, "Place 3 in the queue"),
-        (Figures(prompt_tokens=9), None, "Reading 9 tokens"),
+        (Figures(), None, "Contacting the service"),
+        (Figures(prompt_tokens=9), 3, "Position 3 in the queue"),
+        (Figures(prompt_tokens=9), None, "Reading 9 prompt tokens"),
         (Figures(prompt_tokens=9, completion_tokens=1), None, "9 prompt tokens"),
         (Figures(finish_reason="abort"), None, "stopped"),
     ],
@@ -133,7 +133,7 @@ def test_the_meter_of_a_reply_tells_all_that_the_service_did() -> None:
     text = re.sub(r"<[^>]*>", "|", line)
     for part in (
         "40 prompt tokens · 32 from the cache", "first token after 81 ms", "10 tokens",
-        "35.3 tokens/s", "2 earlier messages left out", "complete", "context 50 of 100",
+        "35.3 tokens/s", "earlier messages left out: 2", "complete", "context 50 of 100",
         "temperature", "0.6", "seed", "7",
     ):  # fmt: skip
         assert part in text

@@ -80,13 +80,13 @@ def settling(page: Page, events: int) -> Iterator[None]:
     page.evaluate(
         """() => {
             window.entered = 0;
-            const enter = (window.enter ??= window.lane.enter);
-            window.lane.enter = (...values) => (window.entered++, enter(...values));
+            const enter = (window.enter ??= window.eventQueue.enter);
+            window.eventQueue.enter = (...values) => (window.entered++, enter(...values));
         }"""
     )
     yield
     page.wait_for_function(f"window.entered >= {events}")
-    page.evaluate("window.lane.enter(null, false).then(() => window.lane.leave())")
+    page.evaluate("window.eventQueue.enter(null, false).then(() => window.eventQueue.leave())")
 
 
 def conversations(page: Page) -> dict[str, Any]:

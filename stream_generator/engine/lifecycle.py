@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum, auto
 
-# A step hangs if it takes longer than this, and longer than ten times the longest step so far.
+# A step hangs after this many seconds, or ten times the longest step so far if that is more.
 STUCK_SECONDS = 60.0
 
 

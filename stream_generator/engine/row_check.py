@@ -13,7 +13,7 @@ def find_least_rows(graph: SavedGraph, slots: int) -> int | None:
     """Find how many rows a forward must have so that its other rows do not change a row's bits.
 
     The check runs a graph with one layer of each kind. It computes all numbers of rows up to
-    `slots`, and prompts in chunks of several sizes. Returns None if the bits always depend on them.
+    `slots`, and prompts in chunks of several sizes. Returns None if no number of rows helps.
     """
     longest = max(CHUNK_SIZES)
     runner = GraphRunner(graph, slots, context=longest + 1, file=CHECK)

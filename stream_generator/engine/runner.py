@@ -12,9 +12,9 @@ class Runner(Protocol):
     slots: int
     context_length: int
     keeps_prefixes: bool  # whether a slot keeps its contents after its request has finished
-    has_logprobs: bool  # whether it computes log-probabilities
-    smallest_chunk: int  # the fewest ids of a prompt that one call may compute
-    reproducible: bool  # whether concurrent requests never change a reply's bits
+    has_logprobs: bool  # whether the runner computes log-probabilities
+    smallest_chunk: int  # the fewest ids of a chunk, unless the whole prompt is shorter
+    reproducible: bool  # whether a reply's bits never depend on concurrent requests
 
     def describe(self) -> str:
         """Describe the number of slots, their length and their memory, for a person."""
@@ -23,7 +23,7 @@ class Runner(Protocol):
         """Compute `chunk` ids of a prompt. Return the first new id after the last chunk."""
 
     def decode(self, requests: list[Request]) -> list[Sampled]:
-        """Compute one new id for each request, or the reason why that request alone has none."""
+        """Compute one new id for each request, or the error of a request that fails alone."""
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` positions to slot `target`."""

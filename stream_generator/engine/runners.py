@@ -24,7 +24,8 @@ def runner_of(
     """Create the runner of a checkpoint.
 
     max_concurrent: number of slots. max_context: tokens per slot. By default, both depend on the
-    free memory. Raises `CheckpointError` if the slots do not fit into memory.
+    free memory. Raises `CheckpointError` if the slots do not fit into memory, or the graph cannot
+    run.
     """
     limits = {"max_concurrent": max_concurrent, "max_context": max_context}
     if checkpoint.graph is None:
@@ -75,7 +76,7 @@ def runner_for(
     """Create the runner of a PyTorch model.
 
     A model that does not fit the slot cache runs one request at a time. context_length: the model's
-    context, in tokens. `runner_of` documents the other parameters.
+    limit, in tokens. `runner_of` documents the other parameters.
     """
     from stream_generator.engine.model_runner import ModelRunner
     from stream_generator.engine.slot_check import filled_cache

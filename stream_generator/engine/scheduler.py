@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from stream_generator.request import Request, RequestStatus
 
@@ -24,12 +24,8 @@ class Chunk:
 class Plan:
     """One step: one token for each request of `decode`, and the prompt chunks of `prefill`."""
 
-    decode: list[Request] = field(default_factory=list)
-    prefill: list[Chunk] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.decode and not self.prefill
+    decode: list[Request]
+    prefill: list[Chunk]
 
 
 class Pace:
@@ -62,10 +58,10 @@ class Pace:
 class Scheduler:
     """Queues requests, and plans steps that starve neither replies nor prompts.
 
-    Every request in decode gets one token in every step. Prompts share a budget of ids. In turns,
-    the budget goes first to the oldest prompt, or first to the prompt with the fewest ids left. Ids
-    that this prompt does not need go to the next prompt. A short prompt therefore does not wait for
-    an older long prompt, and a long prompt does not wait for all short prompts.
+    Every request in decode gets one token in every step. Prompts share a budget of ids. In one step
+    the oldest prompt comes first, in the next step the prompt with the fewest ids left. The rest of
+    the budget goes to the next prompts. A short prompt therefore does not wait for an older long
+    prompt, and a long prompt does not wait for all short prompts.
     """
 
     def __init__(self, pace: Pace | None = None, *, smallest_chunk: int = 1) -> None:
@@ -114,7 +110,7 @@ class Scheduler:
 
 
 def chunk_length(uncomputed: int, limit: int, smallest: int) -> int:
-    """Return how many ids to compute, so that none or at least `smallest` are left."""
+    """Return the length of the next chunk, so that none or at least `smallest` ids are left."""
     length = min(uncomputed, limit)
     left = uncomputed - length
     return length - max(smallest - left, 0) if left else length

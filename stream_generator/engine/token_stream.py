@@ -58,13 +58,13 @@ class TokenStream:
                 yield output
 
     def put(self, output: TokenOutput | QueuePosition) -> None:
-        """Append an output. Only the engine calls this method."""
+        """Append an output to the queue. Only the engine calls this method."""
         self._outputs.put(output)
         if self._callback is not None:
             self._callback()
 
     def on_output(self, callback: Callable[[], None]) -> None:
-        """Call `callback` after each new output, on the engine's thread. It must be quick."""
+        """Call `callback` after each new output. The engine waits until `callback` returns."""
         self._callback = callback
 
     def close(self) -> None:

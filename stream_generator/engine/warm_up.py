@@ -29,7 +29,7 @@ def tokens_per_second(
     """
     try:
         gaps = _gaps(checkpoint, runner, seconds)
-    except Exception as error:  # requests will report the same error to their clients
+    except Exception as error:  # start anyway; requests report their own errors
         logger.warning("the speed could not be measured: %s", error)
         return None
     return 1 / statistics.median(gaps) if gaps else None

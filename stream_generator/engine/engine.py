@@ -41,9 +41,9 @@ class Engine:
     """Serves many requests at once from one model, on one computing thread.
 
     Any thread may call any method except `run` and `step`. `run` computes on the calling thread
-    until `close`. `start` calls `run` on a new thread, which is slower: a second thread that
-    computes gets a second OpenMP team. GNU's OpenMP then stops spinning, which costs nearly a
-    third of the speed on 2 cores (`docs/performance.md`). Prefer the thread that loaded the model.
+    until `close`. `start` calls `run` on a new thread. Prefer the thread that loaded the model: a
+    second thread gets a second OpenMP team. GNU's OpenMP then stops spinning, which costs nearly a
+    third of the speed on 2 cores (`docs/performance.md`).
     """
 
     def __init__(
@@ -99,8 +99,7 @@ class Engine:
         """Queue `n` replies to each prompt, or none. Each prompt is computed once.
 
         If `params` has a seed, reply i of a prompt uses seed + i. Returns the streams in the order
-        of the prompts. The first stream has `request_id`; the next ids end in "#1", "#2" and so on.
-        Raises the same errors as `submit`.
+        of the prompts; ids after the first end in "#1", "#2"... Raises the errors of `submit`.
         """
         requests = self.intake.new_requests(prompts, params, n, request_id or uuid.uuid4().hex)
         streams = [TokenStream(request, self.abort) for request in requests]
@@ -137,8 +136,8 @@ class Engine:
     def clear(self) -> None:
         """Forget computed prefixes, and return cached device memory to the system.
 
-        Raises `EngineClosed` if the engine closes or is still busy after a minute, and
-        `GenerationFailed` if the engine fails.
+        Raises `EngineClosed` if the engine closes or is busy for a minute, and `GenerationFailed`
+        if the engine fails.
         """
         done: Future[None] = Future()
         with self._changed:

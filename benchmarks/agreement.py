@@ -4,7 +4,7 @@
     python benchmarks/agreement.py
 
 All three get the same prompts. After the first different token two replies are different texts, so
-the benchmark records how many tokens come before it. Writes benchmarks/results/agreement.json.
+the benchmark counts the tokens before this difference. Writes benchmarks/results/agreement.json.
 """
 
 import itertools
@@ -33,7 +33,7 @@ def main() -> None:
         "prompts": PROMPTS,
         "tokens": TOKENS,
         "compared": {
-            f"{one} and {other}": compared(replies[one], replies[other])
+            f"{one} and {other}": compare(replies[one], replies[other])
             for one, other in itertools.combinations(replies, 2)
         },
     }
@@ -60,7 +60,7 @@ def by_llama_cpp(prompts: list[list[int]]) -> list[list[int]]:
         return [service.complete(prompt=prompt, **params)["tokens"] for prompt in prompts]
 
 
-def compared(replies: list[list[int]], others: list[list[int]]) -> dict[str, float]:
+def compare(replies: list[list[int]], others: list[list[int]]) -> dict[str, float]:
     """Count equal replies, and the tokens before the first difference."""
     same = []
     for reply, other in zip(replies, others, strict=True):

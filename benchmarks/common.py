@@ -1,10 +1,10 @@
-"""Provide what every benchmark shares: the workload, flags, statistics, tables, charts and results.
+"""Share a workload, flags, statistics, tables, charts and result files between benchmarks.
 
     args = add_flags(parser_for(__doc__), rounds=5).parse_args()
     write_report("name", {"settings": vars(args), "rounds": runs})
 
-The import of this module loads neither torch nor requests: a benchmark can set threads or patch
-the standard library first.
+Importing this module loads neither torch nor requests. A benchmark can therefore set threads or
+patch the standard library first.
 """
 
 import argparse
@@ -117,8 +117,8 @@ def table(
 ) -> str:
     """Format medians, with lowest and highest values, as a Markdown table.
 
-    `labels` begins the header and each key of `rows` begins a row; both may span several columns.
-    `columns` names the figures, and `titles` replaces these names in the header.
+    `labels` begins the header, and each key of `rows` begins a row; both may span several columns.
+    `columns` selects the figures. `titles` replaces the names of the figures in the header.
     """
     header = f"{labels} | " + " | ".join(titles or columns) + " |"
     lines = [header, "|---" * (header.count("|") - 1) + "|"]

@@ -2,10 +2,10 @@
 
     python benchmarks/with_peers.py compare.py      # installs the peers in a separate environment
 
-Each round starts every system once, in turn. It measures the time from the command to the first
-token, one stream, four and eight streams at once, and prompts of about 70 and 1,500 tokens. Each
-round also measures our engine without HTTP. All systems get the same weights, lengths and sampling,
-and no prompt twice. Writes benchmarks/results/NAME.json, NAME.md and NAME.png.
+Each round starts every system in turn. For each system it measures the time from the command to the
+first token, one stream, four and eight streams at once, and prompts of about 70 and 1,500 tokens.
+Each round also measures our engine without HTTP. All systems get the same weights, lengths and
+sampling. No prompt is repeated. Writes benchmarks/results/NAME.json, NAME.md and NAME.png.
 """
 
 import argparse
@@ -72,14 +72,14 @@ def measure(system: str, args: argparse.Namespace, numbers: Iterator[int]) -> di
     ours = {BEFORE: args.before, "ours": common.ROOT}.get(system)
     with Service("ours", root=ours) if ours else Service(system) as service:
 
-        def asked(text: str, tokens: int) -> Request:
+        def send(text: str, tokens: int) -> Request:
             request = Request(text, tokens)
             service.ask(request)
             assert request.arrivals, request.error
             return request
 
-        figures["start_s"] = asked(common.question(next(numbers)), 2).arrivals[0] - began
-        singles = [asked(common.question(next(numbers)), common.TOKENS) for _ in range(4)]
+        figures["start_s"] = send(common.question(next(numbers)), 2).arrivals[0] - began
+        singles = [send(common.question(next(numbers)), common.TOKENS) for _ in range(4)]
         figures["one_tok_s"] = statistics.median(rate(request) for request in singles)
         figures["ttft_70_s"] = first_token_s(singles)
         for users, name in ((4, "four_tok_s"), (8, "eight_tok_s")):
@@ -87,7 +87,7 @@ def measure(system: str, args: argparse.Namespace, numbers: Iterator[int]) -> di
             figures[name] = load.closed(users)["total_tok_s"]
         long = common.FILLER * 94 + "What do they gather?"
         figures["ttft_1500_s"] = first_token_s(
-            [asked(f"Text {next(numbers)}: {long}", 2) for _ in range(2)]
+            [send(f"Text {next(numbers)}: {long}", 2) for _ in range(2)]
         )
         figures["memory_gb"] = service.memory_gb()
     return {name: round(value, 3) for name, value in figures.items()}
@@ -129,7 +129,7 @@ def markdown(medians: dict[str, dict[str, list[float]]]) -> str:
 def plot(medians: dict[str, dict[str, list[float]]], path: Path) -> None:
     groups = (
         ({"one_tok_s": "one stream", "four_tok_s": "four", "eight_tok_s": "eight"},
-         "tokens a second, all together"),
+         "tokens per second, all streams"),
         ({"ttft_70_s": "70 tokens", "ttft_1500_s": "1,500 tokens"},
          "seconds to the first token of a prompt"),
     )  # fmt: skip

@@ -28,7 +28,7 @@ from stream_generator.request import Request
 from stream_generator.sampling.sampler import generator_for
 from stream_generator.sampling_params import SamplingParams
 
-UNUSED: Any = None  # stands for the detokenizer: the benchmark decodes no text
+UNUSED: Any = None  # in place of a detokenizer, because the benchmark decodes no text
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -96,7 +96,7 @@ def measure(runner: Runner, args: argparse.Namespace) -> dict[str, Any]:
     """Measure decoding for each number of rows, then a short and a long prompt."""
     result: dict[str, Any] = {"runner": type(runner).__name__}
     for rows in args.rows:
-        requests = [started(runner, row, args) for row in range(rows)]
+        requests = [start_request(runner, row, args) for row in range(rows)]
         times = []
         for step in range(args.steps + 5):
             began = time.perf_counter()
@@ -121,7 +121,7 @@ def measure(runner: Runner, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def started(runner: Runner, row: int, args: argparse.Namespace) -> Request:
+def start_request(runner: Runner, row: int, args: argparse.Namespace) -> Request:
     """Create the request of a row and compute its prompt."""
     params = SamplingParams(
         temperature=0.6, top_p=0.9, seed=row, max_new_tokens=args.steps + 20

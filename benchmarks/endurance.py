@@ -38,13 +38,13 @@ def main() -> None:
     parser.add_argument("trial", choices=list(TRIALS))
     parser.add_argument("--scale", type=float, default=1.0, help="size; only 1 writes the results")
     args = parser.parse_args()
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     options, trial = TRIALS[args.trial]
     with Service("ours", *options.split()) as service:
         # The first replies allocate the memory that all later replies use.
         asyncio.run(all_of(ask(QUESTIONS[n % 8], 16) for n in range(16)))
-        figures = asyncio.run(trial(Watched(service), args.scale))
+        figures = asyncio.run(trial(ServiceProcess(service), args.scale))
     print(json.dumps(figures, indent=1))
     if args.scale == 1:
         path = common.RESULTS / "endurance.json"
@@ -53,7 +53,7 @@ def main() -> None:
         path.write_text(json.dumps(known, indent=1) + "\n")
 
 
-class Watched:
+class ServiceProcess:
     """Observe the process of the service from another process."""
 
     def __init__(self, service: Service):
@@ -80,7 +80,7 @@ class Watched:
             await asyncio.sleep(0)
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """The service answered with a status other than 200."""
 
     def __init__(self, status: int, *, retry_after: bool):
@@ -98,7 +98,7 @@ async def stream(question: str, tokens: int) -> AsyncIterator[AsyncIterator[dict
         writer.write(f"{HEAD}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         if not head.startswith("http/1.1 200"):
-            raise Refused(int(head.split()[1]), retry_after="\r\nretry-after:" in head)
+            raise Rejected(int(head.split()[1]), retry_after="\r\nretry-after:" in head)
         yield _events(reader)
     finally:
         writer.close()
@@ -124,13 +124,13 @@ async def all_of(tasks: Any) -> list[Any]:
     return await asyncio.gather(*tasks)
 
 
-async def open_streams(service: Watched, scale: float) -> dict[str, Any]:
-    """Measure two crowds of streams. Memory of the slots grows during the first crowd only."""
+async def open_streams(service: ServiceProcess, scale: float) -> dict[str, Any]:
+    """Measure two crowds of streams. Only the first crowd allocates the memory of the slots."""
     return {"first": await crowd(service, scale), "second": await crowd(service, scale)}
 
 
-async def crowd(service: Watched, scale: float) -> dict[str, Any]:
-    """Open all streams before any of them ends. Most of them wait for a slot."""
+async def crowd(service: ServiceProcess, scale: float) -> dict[str, Any]:
+    """Open all streams before the first one ends. Most streams wait for a slot."""
     count = int(500 * scale)
     before = service.held()
     begun, all_begun = itertools.count(1), asyncio.Event()
@@ -145,7 +145,7 @@ async def crowd(service: Watched, scale: float) -> dict[str, Any]:
                 *_, last = [event async for event in events]
             assert last["event"] == "end", last
         finally:
-            all_begun.set()  # after a failure the other streams must not wait
+            all_begun.set()  # after a failure, the other streams must not wait
 
     replies = asyncio.gather(*(one(n) for n in range(count)), return_exceptions=True)
     await all_begun.wait()
@@ -163,7 +163,7 @@ async def crowd(service: Watched, scale: float) -> dict[str, Any]:
     }
 
 
-async def leave(service: Watched, scale: float) -> dict[str, Any]:
+async def leave(service: ServiceProcess, scale: float) -> dict[str, Any]:
     """Measure the time from a closed connection until `/metrics` reports a free slot."""
     free_ms = []
     for number in range(int(300 * scale)):
@@ -177,7 +177,7 @@ async def leave(service: Watched, scale: float) -> dict[str, Any]:
     return {"trials": len(free_ms), "free_after_ms": spread(free_ms)}
 
 
-async def overload(service: Watched, scale: float) -> dict[str, Any]:
+async def overload(service: ServiceProcess, scale: float) -> dict[str, Any]:
     """Send requests at ten times the rate at which the service finishes replies."""
     tokens, seconds = 24, 60 * scale
     alone = {question: await ask(question, tokens) for question in QUESTIONS}
@@ -186,16 +186,16 @@ async def overload(service: Watched, scale: float) -> dict[str, Any]:
         await all_of(ask(question, tokens) for question in QUESTIONS)
     capacity = 3 * len(QUESTIONS) / (time.monotonic() - began)
     seen: Counter[str] = Counter()
-    refused_ms: list[float] = []
+    rejected_ms: list[float] = []
 
     async def one(question: str) -> None:
         began = time.monotonic()
         try:
             text = await ask(question, tokens)
             seen["the same text as alone" if text == alone[question] else "another text"] += 1
-        except Refused as refused:
-            refused_ms.append(1000 * (time.monotonic() - began))
-            seen[refused.outcome] += 1
+        except Rejected as rejected:
+            rejected_ms.append(1000 * (time.monotonic() - began))
+            seen[rejected.outcome] += 1
         except Exception as error:
             seen[repr(error)] += 1
 
@@ -212,11 +212,11 @@ async def overload(service: Watched, scale: float) -> dict[str, Any]:
         "arrivals_a_second": round(10 * capacity, 1),
         "seconds": seconds,
         "answers": dict(seen),
-        "refused_after_ms": spread(refused_ms),
+        "refused_after_ms": spread(rejected_ms),
     }
 
 
-async def idle(service: Watched, scale: float) -> dict[str, Any]:
+async def idle(service: ServiceProcess, scale: float) -> dict[str, Any]:
     """Measure the first token of active clients, without and with idle connections."""
     before = [await first_token_ms(number) for number in range(40)]
     silent: list[asyncio.StreamWriter] = []
@@ -260,8 +260,8 @@ async def first_token_ms(number: int) -> float:
     raise AssertionError("the reply contains no token")
 
 
-async def soak(service: Watched, scale: float) -> dict[str, Any]:
-    """Request short replies at an even rate, and abandon a part of them at a random token."""
+async def soak(service: ServiceProcess, scale: float) -> dict[str, Any]:
+    """Request short replies at an even rate, and abandon some of them at a random token."""
     count, seconds, abandoned = int(10_000 * scale), 1200 * scale, 0.3
     seen: Counter[str] = Counter()
     samples: list[dict[str, int]] = []
@@ -291,7 +291,7 @@ async def soak(service: Watched, scale: float) -> dict[str, Any]:
             samples.append(service.held())
     await asyncio.gather(*tasks)
     await service.until(some_run=False)
-    # The first tenth does not count: the service keeps the memory that its first load needed.
+    # Skip the first tenth, because the service keeps the memory that its first load needed.
     sizes = [sample["resident_kb"] for sample in samples]
     early, late = statistics.mean(sizes[10:30]), statistics.mean(sizes[-20:])
     return {
@@ -313,11 +313,11 @@ def spread(values: list[float]) -> dict[str, float]:
     }
 
 
-Trial = Callable[[Watched, float], Coroutine[Any, Any, dict[str, Any]]]
+Trial = Callable[[ServiceProcess, float], Coroutine[Any, Any, dict[str, Any]]]
 TRIALS: dict[str, tuple[str, Trial]] = {
     "open": ("--max-queue 600", open_streams),
     "leave": ("", leave),
-    # In float32 other requests do not change a reply. With 8 bits they can decide near-ties.
+    # In float32, concurrent requests do not change a reply. With 8 bits they can decide near-ties.
     "overload": ("--max-concurrent 8 --max-queue 8 --dtype float32 --quantize none", overload),
     "idle": ("", idle),
     "soak": ("", soak),

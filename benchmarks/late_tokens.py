@@ -5,7 +5,7 @@
 
 - ours: the loop of this project, without a server;
 - streamer: transformers' TextIteratorStreamer, with `generate` in an OS thread;
-- streamer + gevent: the same after gevent's `monkey.patch_all()`, as many small services do it.
+- streamer + gevent: the same after gevent's `monkey.patch_all()`, as in many small services.
 
 Each round runs every way in turn, each way in its own process: greedy, the demo model, the same
 prompt. Writes benchmarks/results/late_tokens.json and late_tokens.png, and prints a table.
@@ -111,7 +111,7 @@ def summary(runs: list[list[float]]) -> dict[str, list[float]]:
 
 
 def plot(runs: dict[str, list[list[float]]], path: Path) -> None:
-    """Plot a tick per piece of text, for the round of median length of each way."""
+    """Plot one tick per piece of text, for the round of median length of each way."""
     with common.chart(path, (8, 2.2)) as (_, axes):
         for row, way in enumerate(reversed(WAYS)):
             arrivals = sorted(runs[way], key=lambda run: run[-1])[len(runs[way]) // 2]

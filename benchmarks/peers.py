@@ -49,7 +49,7 @@ def serve_llama_cpp(port: int) -> None:
 
 
 def serve_streamer(port: int) -> None:
-    """Run the server of many tutorials: `generate` in a thread and its queue of text."""
+    """Run the server that many tutorials show: `generate` in a thread, and a queue of text."""
     import torch
     import waitress
     from flask import Flask, Response, request
@@ -102,7 +102,7 @@ def run_in_process(users: int, seconds: float) -> float:
     """Measure our engine in tokens per second. Each user sends requests without pauses."""
     from stream_generator.threads import settle_threads
 
-    settle_threads()  # the command of the service does the same, before torch is imported
+    settle_threads()  # before torch is imported, as in the command of the service
     from stream_generator.engine.engine import Engine
     from stream_generator.errors import EngineClosed
     from stream_generator.loading.load import load_checkpoint

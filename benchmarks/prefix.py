@@ -2,9 +2,9 @@
 
     python benchmarks/prefix.py
 
-A chat of ten turns grows to a history of about 2,000 tokens. The time to the first token of the
-tenth turn is compared with two times: that of the first turn, whose message is as long, and that of
-the tenth turn after POST /clear has emptied the cache. The service runs without flags, then with
+A chat of ten turns grows to a history of about 2,000 tokens. The benchmark measures the time to the
+first token of the tenth turn, and of the first turn, whose message is as long. Then POST /clear
+empties the cache, and the tenth turn is measured again. The service runs without flags, then with
 --reproducible, which computes the replies again. Writes benchmarks/results/prefix.json and prints
 medians, with the lowest and the highest value of the rounds.
 """
@@ -17,19 +17,19 @@ import common
 import requests
 from systems import Service, text_of
 
-TURNS, WORDS_A_TURN, REPLY_TOKENS = 10, 160, 100
+TURNS, WORDS_PER_TURN, REPLY_TOKENS = 10, 160, 100
 
 
 def main() -> None:
     args = common.add_flags(common.parser_for(__doc__), rounds=5).parse_args()
     report = {
-        " ".join(flags) or "without flags": measured(flags, args.rounds)
+        " ".join(flags) or "without flags": measure(flags, args.rounds)
         for flags in ((), ("--reproducible",))
     }
     print(common.write_report("prefix", report))
 
 
-def measured(flags: tuple[str, ...], rounds: int) -> dict[str, Any]:
+def measure(flags: tuple[str, ...], rounds: int) -> dict[str, Any]:
     """Measure the turns of one chat per round, on a service with these flags."""
     seconds: dict[str, list[float]] = {"first turn": [], "tenth turn": [], "tenth, cold": []}
     with Service("ours", *flags) as service:
@@ -37,7 +37,7 @@ def measured(flags: tuple[str, ...], rounds: int) -> dict[str, Any]:
             clear(service)
             chat: list[dict[str, str]] = []
             for turn in range(TURNS):
-                text = f"Round {number}, part {turn}: {common.FILLER * (WORDS_A_TURN // 15)}"
+                text = f"Round {number}, part {turn}: {common.FILLER * (WORDS_PER_TURN // 15)}"
                 chat.append({"role": "user", "content": text})
                 ttft, end = ask(service, chat)
                 if turn == 0:

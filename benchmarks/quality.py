@@ -8,8 +8,8 @@ divergence from the reference (`kl`) and the share of positions with the same li
 each. Each quantization computes both texts as replies (one token at a time, two rows) and as
 prompts (in chunks).
 
-The server of llama.cpp reports only the 100 likeliest tokens, so `kl_100` counts all other tokens
-as one token, for every system. Writes benchmarks/results/NAME.json.
+The server of llama.cpp reports only the 100 likeliest tokens. Therefore `kl_100` counts all other
+tokens as one token, for every system. Writes benchmarks/results/NAME.json.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> None:
         else:
             packed = load_checkpoint(quantize=mode)
         for way in ("reply", "prompt"):
-            results[f"{mode}, {way}"] = compared(ours(packed, ids, way), reference)
+            results[f"{mode}, {way}"] = compare(ours(packed, ids, way), reference)
             print(mode, way, results[f"{mode}, {way}"], flush=True)
     results["llama.cpp"] = llama_cpp(ids, reference)
     print("llama.cpp", results["llama.cpp"])
@@ -132,7 +132,7 @@ def in_chunks(model: Any, text: list[int]) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def compared(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> dict[str, float]:
+def compare(ours: list[torch.Tensor], reference: list[torch.Tensor]) -> dict[str, float]:
     pairs = list(zip(ours, reference, strict=True))
     kl = torch.cat([(r.exp() * (r - o)).sum(dim=-1) for o, r in pairs])
     same = torch.cat([o.argmax(dim=-1) == r.argmax(dim=-1) for o, r in pairs])

@@ -84,7 +84,7 @@ class Load:
         return self._run([threading.Thread(target=self._user, args=(seed,)) for seed in seeds])
 
     def open(self, rate: float) -> dict[str, float]:
-        """Measure requests that arrive at random, `rate` per second, whether replies end or not."""
+        """Measure requests that arrive at random, `rate` per second, and wait for no reply."""
         return self._run([threading.Thread(target=self._arrivals, args=(rate,))])
 
     def _run(self, threads: list[threading.Thread]) -> dict[str, float]:
@@ -135,7 +135,7 @@ class Load:
         per_piece = sum(r.tokens or 0 for r in finished) / pieces if pieces else 1.0
         inside = sum(self._start <= at <= self._end for r in began for at in r.arrivals)
         ttft = [r.arrivals[0] - r.began for r in began]
-        # A request without text counts with its wait so far, so a stalled service is not fast.
+        # Requests without text count with their wait so far, or a stalled service would look fast.
         ttft += [self._end - r.began for r in self._requests if not r.arrivals and not r.error]
         gaps = [b - a for r in began for a, b in zip(r.arrivals, r.arrivals[1:], strict=False)]
         rates = [(len(r.arrivals) - 1) * per_piece / (r.arrivals[-1] - r.arrivals[0])
@@ -164,7 +164,7 @@ def plot(medians: dict[str, dict[str, Any]], path: Path) -> None:
     """Plot the total tokens per second and the time to the first token, for each load."""
     with common.chart(path, (9, 3.2), ncols=2) as (_, panels):
         for panel, name, label in (
-            (panels[0], "total_tok_s", "tokens a second, all together"),
+            (panels[0], "total_tok_s", "tokens per second, all streams"),
             (panels[1], "ttft_p50_s", "median seconds to the first word"),
         ):
             for system, by_load in medians.items():

@@ -41,7 +41,7 @@ class Request:
 
 
 class Service:
-    """A system that runs for the length of a `with` block."""
+    """A system that runs during a `with` block."""
 
     def __init__(self, system: str, *options: str, root: Path = common.ROOT):
         """Prepare a system. `options` and `root`, the checkout to run, apply to "ours" only."""

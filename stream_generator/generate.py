@@ -119,7 +119,7 @@ class _SharedEngine:
 
     def reply(self, ids: list[int], params: SamplingParams) -> Iterator[TokenOutput]:
         with self._submit(ids, params) as stream:
-            stream.tell(self._notify)
+            stream.on_output(self._notify)
             ended = False
             while not ended:
                 while (output := stream.get(timeout=0)) is None:

@@ -1,5 +1,5 @@
-"""Many requests on one computing thread.
+"""Serve many requests on one computing thread.
 
-The engine, who runs in its next step, which slot each gets, and the runners that compute. Knows a
-loaded model, and nothing of where it comes from. Start with `engine.Engine.step`.
+The package contains the engine, the scheduler, the prefix cache and the runners. It knows a loaded
+model, but not its source. Start reading at `engine.Engine.step`.
 """

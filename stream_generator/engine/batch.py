@@ -18,15 +18,15 @@ logger = logging.getLogger(__name__)
 
 
 class Batch:
-    """Holds the waiting and the running requests, and computes one step for the running ones.
+    """Holds waiting and running requests, and computes one step for the running requests.
 
     The batch has no lock. The engine holds its own lock when it calls `add`, `admit` or `remove`.
-    Only these three change `waiting` and `free_slots`, so other threads read both under that lock.
-    The computing thread alone calls the other methods.
+    Only these three methods change `waiting` and `free_slots`, so any thread may read both under
+    the engine's lock. Only the computing thread may call the other methods.
     """
 
     def __init__(self, runner: Runner, *, prompts_only: bool, pace: Pace | None = None):
-        """prompts_only: reuse only positions that a prompt has computed. pace: of the scheduler."""
+        """prompts_only: see `PrefixCache`. pace: see `Scheduler`."""
         self._runner = runner
         self._scheduler = Scheduler(pace, smallest_chunk=runner.smallest_chunk)
         self._prefixes = PrefixCache(
@@ -35,7 +35,7 @@ class Batch:
 
     @property
     def waiting(self) -> Collection[Request]:
-        """Requests that have no slot yet, in the order in which they will get one."""
+        """Requests without a slot, in the order in which they will get one."""
         return self._scheduler.waiting
 
     @property
@@ -53,13 +53,13 @@ class Batch:
         self._scheduler.add(request)
 
     def admit(self) -> list[Request]:
-        """Give free slots to the oldest waiting requests, with the prefixes already computed."""
+        """Assign free slots to the oldest waiting requests. Return the started requests."""
         return self._scheduler.admit(self._assign_slot)
 
     def step(self) -> Iterator[tuple[Request, TokenOutput]]:
         """Decode one token per request in decode, and compute the next chunks of prompts.
 
-        Yields each output at once: the decoded tokens first, then the first token of each prompt.
+        Yields each output immediately: decoded tokens first, then the first tokens of prompts.
         """
         for request, sampled in self._compute(self._scheduler.plan()):
             yield request, _append(request, sampled)
@@ -70,12 +70,12 @@ class Batch:
         self._prefixes.release(request, keep=keep and self._runner.keeps_prefixes)
 
     def release(self, request: Request, *, sound: bool) -> None:
-        """Tell the runner that a request has ended; see `Runner.release`."""
+        """Tell the runner that a request has finished; see `Runner.release`."""
         if request.slot is not None:
             self._runner.release(request, sound=sound)
 
     def clear(self) -> None:
-        """Forget what ended requests left in their slots, and give device memory back."""
+        """Forget the prefixes of finished requests, and return cached memory to the system."""
         self._prefixes.clear()
         gc.collect()
         if torch.cuda.is_available():
@@ -98,7 +98,7 @@ class Batch:
                 yield chunk.request, first
 
     def _prefill(self, request: Request, length: int) -> Sampled | None:
-        """Up to `length` more ids of a prompt; the first new id when it is complete."""
+        """Compute up to `length` ids of a prompt. Return the first new id after the last chunk."""
         started = time.perf_counter()
         try:
             self._reuse_prefix(request)
@@ -106,15 +106,15 @@ class Batch:
                 request.num_uncomputed_tokens, length, self._runner.smallest_chunk
             )
             first = self._runner.prefill(request, length)
-        except Exception as error:  # of this prompt alone: nothing else was computed with it
+        except Exception as error:  # no other request was computed with this prompt
             first = _failure(request, error)
         self._scheduler.pace.record_prefill(time.perf_counter() - started, length)
         return first
 
     def _reuse_prefix(self, request: Request) -> None:
-        """Look for a prefix again, before a prompt begins: a neighbour may have computed it since.
+        """Before a prompt begins, look for a prefix that was computed since the slot was assigned.
 
-        Requests that arrive together with the same prompt, or system prompt, compute it once.
+        Requests that arrive together with the same prompt or system prompt compute it only once.
         """
         if request.num_computed_tokens > request.num_cached_tokens:
             return
@@ -124,10 +124,10 @@ class Batch:
             request.num_computed_tokens = request.num_cached_tokens = length
 
     def _decode(self, requests: list[Request]) -> list[tuple[Request, Sampled]]:
-        """Draw one id for each request.
+        """Compute one new id for each request.
 
-        If memory is short, the newest request fails and the others are tried again. After any other
-        failure each request is tried alone, so that only the request that caused it fails.
+        If memory runs out, the newest request fails, and the step is tried again without it. After
+        any other failure, each request is tried alone, so that only the faulty request fails.
         """
         if not requests:
             return []
@@ -141,14 +141,14 @@ class Batch:
                 newest = max(requests, key=lambda r: r.submitted_at)
                 others = [r for r in requests if r is not newest]
                 return [*self._decode(others), (newest, _failure(newest, error))]
-            logger.warning("a step for %d requests failed; trying each alone", len(requests))
+            logger.warning("a step of %d requests failed; trying each request alone", len(requests))
             return [result for request in requests for result in self._decode([request])]
         self._scheduler.pace.record_decode(time.perf_counter() - started)
         return list(zip(requests, sampled, strict=True))
 
 
 def _append(request: Request, sampled: Sampled) -> TokenOutput:
-    """Append the new id to its request. Decoding the id may fail, as computing it may."""
+    """Append a new id to its request. If the id cannot be decoded, the request fails."""
     if isinstance(sampled, GenerationFailed):
         return request.fail(sampled)
     try:
@@ -158,9 +158,9 @@ def _append(request: Request, sampled: Sampled) -> TokenOutput:
 
 
 def _failure(request: Request, error: Exception) -> GenerationFailed:
-    """The error for the reader. Details stay in the log, because they may hold paths or addresses.
+    """Log an error, and convert it for the client. Only the log may contain paths or addresses.
 
-    Raises `error` again if the device is lost: nothing would succeed in this process any more.
+    Raises `error` again if the device is lost: no computation can succeed in this process then.
     """
     if isinstance(error, torch.AcceleratorError):
         raise error

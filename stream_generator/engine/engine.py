@@ -1,4 +1,4 @@
-"""The engine: methods for any thread, and the loop of the one thread that computes."""
+"""The engine: the methods that other threads call, and the loop of the computing thread."""
 
 import logging
 import threading
@@ -12,7 +12,7 @@ from stream_generator.engine.batch import Batch
 from stream_generator.engine.intake import Intake
 from stream_generator.engine.lifecycle import EngineState, Lifecycle
 from stream_generator.engine.runner import Runner
-from stream_generator.engine.runners import refuse_if_not_reproducible, runner_of
+from stream_generator.engine.runners import reject_if_not_reproducible, runner_of
 from stream_generator.engine.scheduler import Pace
 from stream_generator.engine.token_stream import TokenStream
 from stream_generator.errors import (
@@ -33,17 +33,17 @@ from stream_generator.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_SECONDS = 60.0  # that callers wait for the computing thread
+MAX_WAIT_SECONDS = 60.0  # how long callers wait for the computing thread
 SHUTTING_DOWN = "the service is shutting down; send the request again later"
 
 
 class Engine:
     """Serves many requests at once from one model, on one computing thread.
 
-    Any thread may call any method but `run` and `step`. `run` computes on the calling thread until
-    `close`; `start` calls it on a thread of its own. The thread that loaded the model is the best
-    one: each further thread that computes gets an OpenMP team, and GNU's OpenMP then stops
-    spinning, which costs nearly a third of the speed on 2 cores (`docs/performance.md`).
+    Any thread may call any method except `run` and `step`. `run` computes on the calling thread
+    until `close`. `start` calls `run` on a new thread. Prefer the thread that loaded the model: a
+    second thread gets a second OpenMP team. GNU's OpenMP then stops spinning, which costs nearly a
+    third of the speed on 2 cores (`docs/performance.md`).
     """
 
     def __init__(
@@ -56,26 +56,26 @@ class Engine:
         reproducible: bool = False,
         pace: Pace | None = None,
     ):
-        """max_waiting: requests in the queue; `Intake` bounds their tokens too.
-        max_seconds: for each request, counted from `submit`.
-        runner: by default the one that fits the model and the free memory.
+        """max_waiting: limit of requests in the queue. `Intake` also limits their tokens.
+        max_seconds: time limit of each request, counted from `submit`.
+        runner: by default, the runner that fits the model and the free memory.
         reproducible: reuse only positions that a prompt computed, so that a reply does not depend
-        on earlier ones. Raises `CheckpointError` if replies depend on the requests beside them.
-        pace: the prompt tokens that share a step with replies; by default, recent steps set it.
+        on earlier replies. Raises `CheckpointError` if a reply depends on concurrent requests.
+        pace: limits the prompt tokens that share a step with replies; by default, a new `Pace`.
         """
         self._runner = runner or runner_of(checkpoint)
         if reproducible:
-            refuse_if_not_reproducible(self._runner)
+            reject_if_not_reproducible(self._runner)
         self.checkpoint = replace(checkpoint, context_length=self._runner.context_length)
         self.intake = Intake(
             self.checkpoint, self._runner.slots, max_waiting, self._runner.has_logprobs, max_seconds
         )
-        self.reproducible = self._runner.reproducible  # a reply's bits depend on no other request
+        self.reproducible = self._runner.reproducible  # see `Runner.reproducible`
         self.life = Lifecycle()
-        # `_changed` guards the fields below; `Batch` and `Lifecycle` name their exceptions.
+        # `_changed` guards the fields below. `Batch` and `Lifecycle` document the exceptions.
         self._changed = threading.Condition()
-        self._streams: dict[str, TokenStream] = {}  # waiting and running, by request id
-        self._clears: list[Future[None]] = []  # calls of `clear` that wait
+        self._streams: dict[str, TokenStream] = {}  # of waiting and running requests, by request id
+        self._clears: list[Future[None]] = []  # pending calls of `clear`
         self._batch = Batch(self._runner, prompts_only=reproducible, pace=pace)
         self._thread: threading.Thread | None = None
 
@@ -84,8 +84,8 @@ class Engine:
     ) -> TokenStream:
         """Queue a request. Raises immediately if it cannot be served.
 
-        Raises `PromptTooLong` or `InvalidRequest` if it can never be served; `QueueFull`,
-        `EngineClosed` or `DuplicateRequest` if it cannot be served now.
+        Raises `PromptTooLong` or `InvalidRequest` if the request can never be served. Raises
+        `QueueFull`, `EngineClosed` or `DuplicateRequest` if it cannot be served now.
         """
         return self.submit_several([prompt_ids], params, 1, request_id)[0]
 
@@ -96,20 +96,20 @@ class Engine:
         n: int,
         request_id: str | None = None,
     ) -> list[TokenStream]:
-        """Queue `n` replies to each prompt, or none of them. Each prompt is computed once.
+        """Queue `n` replies to each prompt, or none. Each prompt is computed once.
 
-        If `params` has a seed, reply i of a prompt uses the seed plus i. Returns the streams prompt
-        by prompt; the ids after the first end in "#1", "#2" and so on. Raises as `submit` does.
+        If `params` has a seed, reply i of a prompt uses seed + i. Returns the streams in the order
+        of the prompts; ids after the first end in "#1", "#2"... Raises the errors of `submit`.
         """
-        asked = self.intake.new_requests(prompts, params, n, request_id or uuid.uuid4().hex)
-        streams = [TokenStream(request, self.abort) for request in asked]
+        requests = self.intake.new_requests(prompts, params, n, request_id or uuid.uuid4().hex)
+        streams = [TokenStream(request, self.abort) for request in requests]
         with self._changed:
             if self.life.state is not EngineState.OPEN:
                 raise EngineClosed(SHUTTING_DOWN)
             for stream in streams:
                 if stream.id in self._streams:
                     raise DuplicateRequest(f"a request with the id {stream.id} is still running")
-            self.intake.refuse_if_full(asked, self._batch.waiting, self._batch.free_slots)
+            self.intake.reject_if_full(requests, self._batch.waiting, self._batch.free_slots)
             for stream in streams:
                 self._streams[stream.id] = stream
                 self._batch.add(stream.request)
@@ -124,11 +124,11 @@ class Engine:
             request.abort_requested = True
             self._changed.notify_all()
 
-    def wait_for(self, condition: Callable[[], object], timeout: float = PATIENCE_SECONDS) -> bool:
+    def wait_for(self, condition: Callable[[], object], timeout: float = MAX_WAIT_SECONDS) -> bool:
         """Wait until `condition()` is true; return False after `timeout` seconds.
 
-        `condition` is called whenever a request is queued, aborted or finished, and when `clear`,
-        `drain` or `close` is called. It runs under the engine's lock, so it must be quick.
+        The engine calls `condition` whenever a request is queued, aborted or finished, and after
+        `clear`, `drain` and `close`. `condition` runs under the engine's lock and must be quick.
         """
         with self._changed:
             return bool(self._changed.wait_for(condition, timeout))
@@ -136,7 +136,7 @@ class Engine:
     def clear(self) -> None:
         """Forget computed prefixes, and return cached device memory to the system.
 
-        Raises `EngineClosed` if the engine closes, or does not do it within a minute.
+        Raises `EngineClosed` if the engine closes or is busy for a minute, or the engine's failure.
         """
         done: Future[None] = Future()
         with self._changed:
@@ -145,14 +145,14 @@ class Engine:
             self._clears.append(done)
             self._changed.notify_all()
         try:
-            done.result(timeout=PATIENCE_SECONDS)
+            done.result(timeout=MAX_WAIT_SECONDS)
         except TimeoutError:
             raise EngineClosed("the engine is too busy; try again later") from None
 
     def step(self) -> bool:
-        """Compute one token for every request in decode, and some chunks of prompts.
+        """Compute one token for every request in decode, and chunks of some prompts.
 
-        Delivers each output at once. Returns False if there was nothing to do.
+        Delivers each output immediately. Returns False if no request was running.
         """
         self._drop()
         self._admit()
@@ -162,22 +162,22 @@ class Engine:
         return has_work
 
     def run(self) -> None:
-        """Serve until the engine is closed, drained or failed; then fail all requests left."""
+        """Serve until the engine is closed, drained or failed. Then fail all remaining requests."""
         reason: StreamGeneratorError = EngineClosed(SHUTTING_DOWN)
         try:
             while self._wait_for_work():
-                self._forget_prefixes()
+                self._serve_clears()
                 with self.life.step():
                     self.step()
         except BaseException:
             logger.exception("the engine failed; restart the service")
             reason = GenerationFailed("the engine failed; the service must be restarted")
-            self._move(EngineState.FAILED)
+            self._move_to(EngineState.FAILED)
         finally:
             self._fail_all(reason)
 
     def start(self) -> Self:
-        """Run on a thread of its own."""
+        """Call `run` on a new thread."""
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self._thread.start()
         return self
@@ -200,39 +200,39 @@ class Engine:
 
     @property
     def pending_clears(self) -> int:
-        """How many calls of `clear` still wait."""
+        """How many calls of `clear` are still waiting."""
         return len(self._clears)
 
     def drain(self, seconds: float) -> None:
-        """Accept nothing new, and let `run` return when all requests have finished, or after
-        `seconds`. A signal handler may call this."""
+        """Stop accepting requests. `run` returns when all requests have finished, or after
+        `seconds`. A signal handler may call this method."""
         with self._changed:
             self.life.drain(seconds)
             self._changed.notify_all()
 
     def close(self, reason: str = SHUTTING_DOWN) -> None:
-        """Accept nothing new, end the thread of `start`, and fail the requests left."""
-        self._move(EngineState.CLOSED)
+        """Stop accepting requests, end the thread of `start`, and fail the remaining requests."""
+        self._move_to(EngineState.CLOSED)
         if self._thread is not None:
             self._thread.join()
         self._fail_all(EngineClosed(reason))
 
-    def _move(self, state: EngineState) -> None:
+    def _move_to(self, state: EngineState) -> None:
         with self._changed:
             self.life.move(state)
             self._changed.notify_all()
 
     def _wait_for_work(self) -> bool:
-        """Wait for work; return False if the engine must end."""
+        """Wait for work. Return False if `run` must return."""
         with self._changed:
             while not (self._streams or self._clears or self.life.is_over(idle=not self._streams)):
-                # With a timeout: a signal handler on this thread may change the state just before
-                # the wait begins, and the wait would miss its notification.
+                # The timeout is needed because a signal handler on this thread may change the
+                # state just before the wait begins. The wait then misses the notification.
                 self._changed.wait(timeout=1.0)
             return not self.life.is_over(idle=not self._streams)
 
     def _drop(self) -> None:
-        """Finish requests that were aborted, or whose time is over before their first token."""
+        """Finish requests that were aborted, or that got no token within their time limit."""
         for request in self.requests:
             if request.abort_requested:
                 self._deliver(request, request.abort())
@@ -241,7 +241,7 @@ class Engine:
                 self._deliver(request, request.fail(late))
 
     def _admit(self) -> None:
-        """Start waiting requests in free slots, and tell the others their new positions."""
+        """Start waiting requests in free slots. Send new positions to requests that still wait."""
         with self._changed:
             if not self._batch.admit():
                 return
@@ -249,41 +249,41 @@ class Engine:
                 self._streams[request.id].put(QueuePosition(position))
 
     def _deliver(self, request: Request, output: TokenOutput) -> None:
-        """Put an output into its reader's queue; a finished request releases its slot first."""
+        """Put an output into the queue of its stream. Release the slot of a finished request."""
         stream = self._streams[request.id]
         if output.finish_reason is not None:
             sound = output.finish_reason is not FinishReason.ERROR
-            self._leave(request, keep=sound)
+            self._forget(request, keep=sound)
             self._batch.release(request, sound=sound)
         stream.put(output)
 
-    def _leave(self, request: Request, *, keep: bool) -> None:
-        """Forget a finished request. keep: later prompts may reuse what it computed."""
+    def _forget(self, request: Request, *, keep: bool) -> None:
+        """Forget a finished request. keep: later prompts may reuse its keys and values."""
         with self._changed:
             del self._streams[request.id]
             self._batch.remove(request, keep=keep)
             self._changed.notify_all()
 
-    def _forget_prefixes(self) -> None:
-        """Serve the waiting calls of `clear`."""
+    def _serve_clears(self) -> None:
+        """Serve the pending calls of `clear`."""
         with self._changed:
-            asked, self._clears = self._clears, []
-        if asked:
+            clears, self._clears = self._clears, []
+        if clears:
             self._batch.clear()
-        for done in asked:
+        for done in clears:
             done.set_result(None)
 
     def _fail_all(self, reason: StreamGeneratorError) -> None:
-        """Close the engine, and fail all requests and calls that wait.
+        """Close the engine. Fail all requests and all pending calls of `clear`.
 
-        This does not touch the device, which may be what failed.
+        This method does not use the device, because the device may be lost.
         """
         with self._changed:
-            self._move(EngineState.CLOSED)
+            self._move_to(EngineState.CLOSED)
             streams, clears = list(self._streams.values()), self._clears
         for stream in streams:
             output = stream.request.fail(reason)
-            self._leave(stream.request, keep=False)
+            self._forget(stream.request, keep=False)
             stream.put(output)
         for done in clears:
             done.set_exception(reason)

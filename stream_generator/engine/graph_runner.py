@@ -1,7 +1,7 @@
 """Run many requests on a step graph, in the slots of one cache.
 
-A request's logits have the same bits whatever runs beside it, because this runner keeps two rules:
-a forward has at least `least_rows` rows, and no forward contains both a prompt and a decode.
+Concurrent requests do not change the bits of a request's logits, because of two rules: a forward
+has at least `least_rows` rows, and no forward contains both a prompt and a decode.
 """
 
 from collections.abc import Sequence as Items
@@ -15,7 +15,7 @@ from stream_generator.model.saved_graph import STEP, SavedGraph
 from stream_generator.request import Request
 from stream_generator.sampling.sampler import Sampled, sample
 
-LONG_CHUNK = 64  # ids from which on a forward's memory is given back to the system
+LONG_CHUNK = 64  # ids; a forward of this length or more returns its memory to the system
 
 
 class GraphRunner:
@@ -23,7 +23,7 @@ class GraphRunner:
 
     keeps_prefixes = True
     has_logprobs = True
-    smallest_chunk = 2  # a chunk of one id is computed by the kernels of a decode
+    smallest_chunk = 2  # a chunk of one id would run on the kernels of a decode
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class GraphRunner:
         file: str = STEP,
         least_rows: int | None = 2,
     ):
-        """file: which of the graphs in the directory. least_rows: as `find_least_rows` tells."""
+        """file: which graph of the directory to run. least_rows: result of `find_least_rows`."""
         self.slots = slots
         self.context_length = context
         self.reproducible = least_rows is not None
@@ -54,7 +54,9 @@ class GraphRunner:
         start, end = request.num_computed_tokens, request.num_computed_tokens + chunk
         logits = self.chunk(request.slot or 0, start, request.prompt_ids[start:end])
         request.num_computed_tokens = end
-        return _sampled(logits, [request])[0] if not request.num_uncomputed_tokens else None
+        if request.num_uncomputed_tokens:
+            return None
+        return _sample_on_one_thread(logits, [request])[0]
 
     def decode(self, requests: list[Request]) -> list[Sampled]:
         logits = self.step(
@@ -62,7 +64,7 @@ class GraphRunner:
             [r.num_computed_tokens for r in requests],
             [r.output_ids[-1] for r in requests],
         )
-        sampled = _sampled(logits, requests)
+        sampled = _sample_on_one_thread(logits, requests)
         for request in requests:
             request.num_computed_tokens += 1
         return sampled
@@ -72,15 +74,14 @@ class GraphRunner:
             states[target, :, :length] = states[source, :, :length]
 
     def release(self, request: Request, *, sound: bool) -> None:
-        """Do nothing: a row never reads beyond its own positions."""
+        """Do nothing, because a row never reads beyond its own positions."""
 
     def chunk(
         self, slot: int, start: int, ids: Items[int], wanted: Items[int] = (-1,)
     ) -> torch.Tensor:
-        """Compute ids that follow `start` positions in a slot.
+        """Compute `ids` in a slot, from position `start` on.
 
-        wanted: indices into `ids`; logits are computed after these. Returns float32 [wanted,
-        vocabulary].
+        wanted: indices in `ids`. Returns the logits after these ids: float32 [wanted, vocabulary].
         """
         rows = torch.arange(max(len(ids), self.least_rows)).clamp_max(len(ids) - 1)
         return self._run(
@@ -94,11 +95,11 @@ class GraphRunner:
         )
 
     def step(self, slots: Items[int], starts: Items[int], ids: Items[int]) -> torch.Tensor:
-        """Compute one id for each of some slots; starts: how many positions each has.
+        """Compute one id in each of `slots`. starts: the position of the id in each slot.
 
-        Returns the logits after it, float32 [slots, vocabulary].
+        Returns the logits after each id: float32 [slots, vocabulary].
         """
-        # Other slots up to the last have no row, and attention skips them.
+        # The inputs describe all slots up to the highest. Attention skips slots of length 0.
         count = max(slots) + 1
         rows = torch.arange(max(len(slots), self.least_rows)).clamp_max(len(slots) - 1)
         chosen = torch.tensor(slots)
@@ -148,7 +149,7 @@ class GraphRunner:
         return logits[: len(wanted)]
 
     def _binding(self, first: int, count: int) -> Any:
-        """A binding to the keys and values of `count` slots, made once."""
+        """Bind the keys and values of `count` slots, from slot `first` on. Bindings are cached."""
         if (first, count) in self._bindings:
             return self._bindings[first, count]
         binding = self._bindings[first, count] = self._session.binding()
@@ -157,12 +158,8 @@ class GraphRunner:
         return binding
 
 
-def _sampled(logits: torch.Tensor, requests: list[Request]) -> list[Sampled]:
-    """Sample on one thread.
-
-    A second team of threads beside ONNX Runtime's makes a whole step 1.2 to 1.4 times as long
-    (docs/performance.md).
-    """
+def _sample_on_one_thread(logits: torch.Tensor, requests: list[Request]) -> list[Sampled]:
+    # With a second sampling thread, a step takes 1.2 to 1.4 times as long (docs/performance.md).
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -5,55 +5,55 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum, auto
 
-# A step is considered hung after this, or after ten times the longest step so far.
+# A step hangs after this many seconds, or ten times the longest step so far if that is more.
 STUCK_SECONDS = 60.0
 
 
 class EngineState(IntEnum):
-    """What happens to requests. An engine only moves down this list."""
+    """What an engine does with requests. The state only moves down this list."""
 
     OPEN = auto()  # requests are accepted and computed
     DRAINING = auto()  # accepted requests are computed, new ones are rejected
     CLOSED = auto()  # all requests are rejected
-    FAILED = auto()  # the same, after a failure of the engine itself
+    FAILED = auto()  # all requests are rejected, because the engine has failed
 
 
 class Lifecycle:
     """The state of an engine, and the duration of the current step.
 
-    Any thread may read this. The engine changes the state under its lock. Only the computing thread
-    writes the times.
+    Any thread may read all properties. The engine changes the state under its lock. Only the
+    computing thread writes the duration.
     """
 
     def __init__(self) -> None:
         self.state = EngineState.OPEN
-        self._drained_by: float | None = None  # when the last requests must have ended
+        self._drained_by: float | None = None  # deadline of the last requests
         self._step_began: float | None = None
         self._longest_step = 0.0  # seconds
 
     def move(self, state: EngineState) -> None:
-        """Change the state, unless it is further down the list already."""
+        """Change the state, unless it is already further down the list."""
         self.state = max(self.state, state)
 
     def drain(self, seconds: float) -> None:
-        """Accept nothing new, and close after `seconds`."""
+        """Stop accepting requests, and close after `seconds`."""
         self._drained_by = time.monotonic() + seconds
         self.move(EngineState.DRAINING)
 
     @property
     def is_closed(self) -> bool:
-        """Whether the engine computes nothing more."""
+        """Whether the engine has stopped computing."""
         return self.state >= EngineState.CLOSED
 
     def is_over(self, *, idle: bool) -> bool:
-        """Whether the engine is closed, or has drained. idle: no request is left."""
+        """Whether the engine is closed or has drained. idle: whether no request is left."""
         limit = self._drained_by
         is_drained = limit is not None and (idle or time.monotonic() >= limit)
         return self.is_closed or is_drained
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Measure a step, so that `is_healthy` notices one that hangs."""
+        """Measure a step, so that `is_healthy` notices a step that hangs."""
         self._step_began = began = time.monotonic()
         yield
         self._step_began = None
@@ -61,7 +61,7 @@ class Lifecycle:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the engine itself has failed, not a request."""
+        """Whether the engine itself, and not only a request, has failed."""
         return self.state is EngineState.FAILED
 
     @property
@@ -71,7 +71,7 @@ class Lifecycle:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether the engine computes, or waits for work; also while it drains."""
+        """Whether the engine computes or waits for work. A draining engine is healthy too."""
         began = self._step_began
         limit = max(STUCK_SECONDS, 10 * self._longest_step)
         stuck = began is not None and time.monotonic() - began > limit

@@ -1,4 +1,4 @@
-"""Run many requests in the slots of one cache, through the model's PyTorch layers."""
+"""Run many requests on PyTorch layers, in the slots of one cache."""
 
 import inspect
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class Row(Protocol):
-    """What a forward needs to know of a request."""
+    """The fields of a request that a forward reads."""
 
     slot: int | None
     num_computed_tokens: int
@@ -39,7 +39,7 @@ class ModelRunner:
     reproducible = False
 
     def __init__(self, model: PreTrainedModel, filled: DynamicCache, slots: int, context: int):
-        """filled: a cache that a forward of `model` has filled, for the shape of each layer."""
+        """filled: a cache that a forward of `model` has filled; gives the shape of each layer."""
         self.slots = slots
         self.context_length = context
         self._model: Any = model
@@ -60,7 +60,7 @@ class ModelRunner:
         return sample(logits, [request])[0] if not request.num_uncomputed_tokens else None
 
     def decode(self, requests: list[Request]) -> list[Sampled]:
-        # In the order of the slots: neighbours are read without a copy.
+        # In the order of slots, because adjacent slots are read without a copy.
         ordered = sorted(requests, key=lambda s: s.slot or 0)
         logits = self.forward(ordered, [[r.output_ids[-1]] for r in ordered])
         drawn = dict(zip(map(id, ordered), sample(logits, ordered), strict=True))
@@ -72,15 +72,16 @@ class ModelRunner:
         self._cache.copy_slot(source, target, length)
 
     def release(self, request: Request, *, sound: bool) -> None:
-        # Masked positions count 0 times their value: after a failure that could be 0 times NaN.
+        # A failed request may leave NaN. A mask does not hide NaN, because 0 times NaN is NaN.
         if not sound and request.slot is not None:
             self._cache.wipe_slot(request.slot)
 
     @torch.inference_mode()
     def forward(self, row_states: Collection[Row], new_ids: list[list[int]]) -> torch.Tensor:
-        """Logits after the last of the new ids of each row: float32 [rows, vocab].
+        """Compute the new ids of each row, which follow `num_computed_tokens` ids in its slot.
 
-        new_ids: as many for each row; they follow what is `num_computed_tokens` in the row's slot.
+        Each row has the same number of new ids. Returns the logits after the last new id of each
+        row: float32 [rows, vocab].
         """
         rows = SlotRows(
             slots=tuple(row.slot or 0 for row in row_states),
@@ -107,9 +108,9 @@ class ModelRunner:
 
 
 def _decoder(model: PreTrainedModel, context: int) -> FusedDecoder | None:
-    """The model's fused layers, or None if calling them directly computes something else."""
+    """Return the model's fused layers, or None if the model needs its own forward."""
     try:
         return FusedDecoder(model, context)
     except NotFusible as reason:
-        logger.debug("%s is called as a whole: %s", type(model).__name__, reason)
+        logger.debug("%s runs through its own forward: %s", type(model).__name__, reason)
         return None

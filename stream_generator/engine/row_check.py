@@ -1,21 +1,21 @@
-"""Find out how to run a step graph so that a request's bits do not depend on its neighbours."""
+"""Find how to run a step graph so that concurrent requests do not change a request's bits."""
 
 import torch
 
 from stream_generator.engine.graph_runner import GraphRunner
 from stream_generator.model.saved_graph import CHECK, SavedGraph
 
-# Sizes of chunks that must give the same bits: the smallest, odd ones, and the largest.
-CHUNKS = (2, 3, 33, 64, 512)
+# Chunks of these sizes must give the same bits: the smallest, odd ones, and the largest.
+CHUNK_SIZES = (2, 3, 33, 64, 512)
 
 
 def find_least_rows(graph: SavedGraph, slots: int) -> int | None:
-    """How many rows a forward needs, so that a row's bits do not depend on the others.
+    """Find how many rows a forward must have so that its other rows do not change a row's bits.
 
-    Tries it, on a graph of one layer of each kind: for all numbers of rows up to `slots`, and for
-    prompts in chunks of several sizes. None: the bits depend on the number of rows in any case.
+    The check runs a graph with one layer of each kind. It computes all numbers of rows up to
+    `slots`, and prompts in chunks of several sizes. Returns None if no number of rows helps.
     """
-    longest = max(CHUNKS)
+    longest = max(CHUNK_SIZES)
     runner = GraphRunner(graph, slots, context=longest + 1, file=CHECK)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(graph.vocabulary, (longest,), generator=generator).tolist()
@@ -27,9 +27,9 @@ def find_least_rows(graph: SavedGraph, slots: int) -> int | None:
 
 
 def _chunks_agree(runner: GraphRunner, ids: list[int]) -> bool:
-    """Whether a prompt's logits do not depend on how it is cut into chunks."""
+    """Whether a prompt has the same logits in chunks of any size."""
     whole = runner.chunk(0, 0, ids, range(len(ids)))
-    for size in CHUNKS[:-1]:
+    for size in CHUNK_SIZES[:-1]:
         parts = [runner.chunk(0, 0, ids[:size], range(size))]
         parts.append(runner.chunk(0, size, ids[size : 2 * size], range(size)))
         if not torch.equal(torch.cat(parts), whole[: 2 * size]):
@@ -38,7 +38,7 @@ def _chunks_agree(runner: GraphRunner, ids: list[int]) -> bool:
 
 
 def _rows_agree(runner: GraphRunner, ids: list[int]) -> bool:
-    """Whether a request's logits do not depend on how many others are computed beside it."""
+    """Whether a request has the same logits beside any number of requests."""
     slots = list(range(runner.slots))
     lengths = [2 + slot for slot in slots]
     for slot, length in zip(slots, lengths, strict=True):

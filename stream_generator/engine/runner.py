@@ -1,4 +1,4 @@
-"""What the engine asks of whatever computes."""
+"""The interface between the engine and everything that computes."""
 
 from typing import Protocol
 
@@ -7,26 +7,26 @@ from stream_generator.sampling.sampler import Sampled
 
 
 class Runner(Protocol):
-    """What the engine asks of a runner."""
+    """Computes prompts and replies, each request in its own slot."""
 
     slots: int
     context_length: int
-    keeps_prefixes: bool  # whether a slot's contents outlive its request
-    has_logprobs: bool  # whether it can tell the model's own distribution
-    smallest_chunk: int  # ids of a prompt that are computed together, at least
-    reproducible: bool  # whether a reply's bits do not depend on the other requests
+    keeps_prefixes: bool  # whether a slot keeps its contents after its request has finished
+    has_logprobs: bool  # whether the runner computes log-probabilities
+    smallest_chunk: int  # the fewest ids of a chunk, unless the whole prompt is shorter
+    reproducible: bool  # whether a reply's bits never depend on concurrent requests
 
     def describe(self) -> str:
-        """How many requests of what length, and in how much memory, for a person."""
+        """Describe the number of slots, their length and their memory, for a person."""
 
     def prefill(self, request: Request, chunk: int) -> Sampled | None:
-        """Compute `chunk` more ids of the prompt; the first new id when it is complete."""
+        """Compute `chunk` ids of a prompt. Return the first new id after the last chunk."""
 
     def decode(self, requests: list[Request]) -> list[Sampled]:
-        """One new id for each, or the reason why a row alone has none."""
+        """Compute one new id for each request, or the error of a request that fails alone."""
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Give slot `target` what slot `source` holds of the first `length` positions."""
+        """Copy the keys and values of the first `length` positions to slot `target`."""
 
     def release(self, request: Request, *, sound: bool) -> None:
-        """The request has ended; not sound: what it has computed must not be met again."""
+        """Release a finished request. If not `sound`, its keys and values may contain NaN."""

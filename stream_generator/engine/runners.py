@@ -12,7 +12,7 @@ from stream_generator.loaded_model import Checkpoint
 from stream_generator.memory import slots_and_context
 from stream_generator.model.saved_graph import SavedGraph, cannot_run
 
-if TYPE_CHECKING:  # see below
+if TYPE_CHECKING:  # see the comment on imports below
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 def runner_of(
     checkpoint: Checkpoint, *, max_concurrent: int | None = None, max_context: int | None = None
 ) -> Runner:
-    """The runner of a checkpoint.
+    """Create the runner of a checkpoint.
 
-    max_concurrent: slots. max_context: tokens per slot. By default both follow from free memory.
-    Raises `CheckpointError` if memory does not hold what is asked for.
+    max_concurrent: number of slots. max_context: tokens per slot. By default, both depend on the
+    free memory. Raises `CheckpointError` if the slots do not fit into memory, or the graph cannot
+    run.
     """
     limits = {"max_concurrent": max_concurrent, "max_context": max_context}
     if checkpoint.graph is None:
@@ -32,8 +33,8 @@ def runner_of(
     return _graph_runner(checkpoint, checkpoint.graph, **limits)
 
 
-# Each runner is imported where it is used: a graph does without transformers' models, which take a
-# second to import, and a model in PyTorch does without ONNX Runtime.
+# Each runner is imported where it is used. A graph does not need transformers' models, which take a
+# second to import. A PyTorch model does not need ONNX Runtime.
 
 
 def _graph_runner(
@@ -54,16 +55,14 @@ def _graph_runner(
     try:
         least_rows = find_least_rows(graph, slots)
         if least_rows is None:
-            logger.warning(
-                "on this processor the bits of a reply depend on the requests that run beside it"
-            )
+            logger.warning("on this processor, concurrent requests change the bits of a reply")
         return GraphRunner(graph, slots, context, least_rows=least_rows)
     except GraphFailed as error:
         raise cannot_run(directory, error) from error
     except torch.OutOfMemoryError as error:
         raise CheckpointError(
-            f"the memory that is free does not hold the graph in {directory} "
-            f"({first_line(error)}); use a machine with more memory, or a smaller model"
+            f"the free memory does not hold the graph in {directory} ({first_line(error)}); use a "
+            "machine with more memory, or a smaller model"
         ) from error
 
 
@@ -74,9 +73,10 @@ def runner_for(
     max_concurrent: int | None = None,
     max_context: int | None = None,
 ) -> Runner:
-    """The runner of a model in PyTorch: with slots if it fits them, else one request at a time.
+    """Create the runner of a PyTorch model.
 
-    context_length: the model's own, in tokens. See `runner_of` for the rest.
+    A model that does not fit the slot cache runs one request at a time. context_length: the model's
+    limit, in tokens. `runner_of` documents the other parameters.
     """
     from stream_generator.engine.model_runner import ModelRunner
     from stream_generator.engine.slot_check import filled_cache
@@ -84,12 +84,12 @@ def runner_for(
     from stream_generator.model.kv_cache import bytes_per_token
 
     context = min(context_length, max_context or context_length)
-    # cuDNN's attention prepares itself anew for each key length, which is a new one at every step:
-    # 60 ms for a step that takes 10 (docs/performance.md).
+    # cuDNN's attention prepares itself for each new key length, and each step has a new length. A
+    # step of 10 ms then takes 60 ms (docs/performance.md).
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         filled = filled_cache(model)
-    except Exception as error:  # a model of another kind can raise anything
+    except Exception as error:  # a model of an unknown kind can raise any error
         logger.warning(
             "%s runs one request at a time: it does not fit the slot cache (%s)",
             type(model).__name__,
@@ -102,10 +102,10 @@ def runner_for(
     return ModelRunner(model, filled, slots, context)
 
 
-def refuse_if_not_reproducible(runner: Runner) -> None:
-    """Raise `CheckpointError` if a reply of this runner depends on the requests beside it."""
+def reject_if_not_reproducible(runner: Runner) -> None:
+    """Raise `CheckpointError` if concurrent requests can change the replies of this runner."""
     if not runner.reproducible:
         raise CheckpointError(
-            "--reproducible does not work here: it needs packed weights on a CPU (see "
-            "--quantize), and a processor whose kernels compute each request by itself"
+            "--reproducible needs packed weights on a CPU (see --quantize), and a processor on "
+            "which concurrent requests do not change a reply; start without --reproducible"
         )

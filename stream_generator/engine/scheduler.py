@@ -1,20 +1,20 @@
-"""Who runs in the next step, under a budget of time. No torch here."""
+"""Plan which requests and which prompt chunks the next step computes. No torch."""
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from stream_generator.request import Request, RequestStatus
 
-FIRST_CHUNK = 64  # prompt tokens in a step, before anything has been measured
-SMALLEST_CHUNK = 16  # less would waste most of a forward, and starve the prompt
-LARGEST_CHUNK = 512  # more would make those who leave wait for it
+FIRST_CHUNK = 64  # prompt tokens of a step, before any step has been measured
+SMALLEST_CHUNK = 16  # a smaller chunk would waste most of a forward, and starve the prompt
+LARGEST_CHUNK = 512  # a larger chunk would delay aborts
 SMOOTHING = 0.2  # weight of the newest measurement
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`length` more ids of a prompt."""
+    """The next `length` ids of a prompt."""
 
     request: Request
     length: int
@@ -22,18 +22,14 @@ class Chunk:
 
 @dataclass
 class Plan:
-    """One step: a token for each of `decode`, and some chunks of prompts."""
+    """One step: one token for each request of `decode`, and the prompt chunks of `prefill`."""
 
-    decode: list[Request] = field(default_factory=list)
-    prefill: list[Chunk] = field(default_factory=list)
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.decode and not self.prefill
+    decode: list[Request]
+    prefill: list[Chunk]
 
 
 class Pace:
-    """How fast steps have been lately, and how long a prompt's chunk may therefore be."""
+    """Measures recent steps, to decide how many prompt tokens the next step may compute."""
 
     def __init__(self) -> None:
         self._decode_seconds: float | None = None
@@ -46,10 +42,10 @@ class Pace:
         self._seconds_per_prompt_token = _smoothed(self._seconds_per_prompt_token, seconds / tokens)
 
     def budget(self, others_decode: bool) -> int:
-        """Prompt tokens for the next step.
+        """Return the number of prompt tokens for the next step.
 
-        Beside running streams, as many as take about the time of one decode: so that a step
-        takes at most about twice their current gap.
+        If other requests decode, the prompt tokens take about as long as one decode. The gap
+        between two tokens of a reply is then at most about twice as long.
         """
         if not others_decode:
             return LARGEST_CHUNK
@@ -60,35 +56,35 @@ class Pace:
 
 
 class Scheduler:
-    """Keeps the order: requests wait, are admitted to a slot, have their prompt computed, decode.
+    """Queues requests, and plans steps that starve neither replies nor prompts.
 
-    Every running request past its prompt decodes in every step, and prompts get a budget of ids
-    beside them: neither starves the other. The budget goes, in turns, first to the oldest prompt
-    and first to the one that has least left; what that one does not need goes to the next. So a
-    short prompt does not wait for a long one before it, nor a long one for all the short ones.
+    Every request in decode gets one token in every step. Prompts share a budget of ids. In one step
+    the oldest prompt comes first, in the next step the prompt with the fewest ids left. The rest of
+    the budget goes to the next prompts. A short prompt therefore does not wait for an older long
+    prompt, and a long prompt does not wait for all short prompts.
     """
 
     def __init__(self, pace: Pace | None = None, *, smallest_chunk: int = 1) -> None:
-        """smallest_chunk: ids of a prompt that may be computed together, at least."""
+        """smallest_chunk: see `Runner`. pace: by default, a new `Pace`."""
         self._smallest_chunk = smallest_chunk
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.pace = pace or Pace()
-        self._oldest_first = True  # in the next step
+        self._oldest_first = True  # in the next plan
 
     def add(self, request: Request) -> None:
-        """Let it wait behind all the others."""
+        """Append a request to the queue."""
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
-        """Forget it, wherever it stands."""
+        """Forget a waiting or running request."""
         if request in self.running:
             self.running.remove(request)
         else:
             self.waiting.remove(request)
 
     def admit(self, assign_slot: Callable[[Request], bool]) -> list[Request]:
-        """Start waiting requests, oldest first, while `assign_slot` finds a slot; return them."""
+        """Start waiting requests, oldest first, until `assign_slot` returns False. Return them."""
         admitted = []
         while self.waiting and assign_slot(self.waiting[0]):
             admitted.append(self.waiting.popleft())
@@ -96,7 +92,7 @@ class Scheduler:
         return admitted
 
     def plan(self) -> Plan:
-        """What the next step computes."""
+        """Plan the next step."""
         decode = [r for r in self.running if r.status is RequestStatus.DECODE]
         prompts = [r for r in self.running if r.status is RequestStatus.PREFILL]
         if not self._oldest_first:
@@ -109,13 +105,13 @@ class Scheduler:
                 break
             length = chunk_length(request.num_uncomputed_tokens, budget, self._smallest_chunk)
             chunks.append(Chunk(request, length))
-            budget -= chunks[-1].length
+            budget -= length
         return Plan(decode, chunks)
 
 
-def chunk_length(uncomputed: int, most: int, smallest: int) -> int:
-    """How many of a prompt's ids to compute now, so that none or `smallest` are left."""
-    length = min(uncomputed, most)
+def chunk_length(uncomputed: int, limit: int, smallest: int) -> int:
+    """Return the length of the next chunk, so that none or at least `smallest` ids are left."""
+    length = min(uncomputed, limit)
     left = uncomputed - length
     return length - max(smallest - left, 0) if left else length
 

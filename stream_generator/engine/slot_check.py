@@ -1,4 +1,4 @@
-"""Decide whether a model fits the slot cache, by comparing it with a plain forward."""
+"""Test whether a model fits the slot cache, by comparing its logits with a plain forward."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +9,11 @@ from transformers import DynamicCache, PreTrainedModel
 from stream_generator.engine.model_runner import ModelRunner
 from stream_generator.model.config import refuse_what_rows_cannot_share
 
-# A mismatch of the slot cache with a plain forward, in standard deviations of the logits. On ids
-# that make no sense together, roundings grow: 0.005 within one kind of product, 0.15 where few rows
-# are packed and many dense. A wrong mask or position is far above.
+# The largest accepted difference from a plain forward, in standard deviations of the logits. On
+# meaningless ids rounding gives 0.005 with one kind of product, and 0.15 where few rows are packed
+# and many rows are dense. A wrong mask or position gives far more.
 PROBE_TOLERANCE = 0.3
-PROBE = ([1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 1])  # ids that every vocabulary has
+PROBE = ([1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 1])  # ids that every vocabulary contains
 
 
 @dataclass
@@ -23,9 +23,9 @@ class _ProbeRow:
 
 
 def filled_cache(model: PreTrainedModel) -> DynamicCache:
-    """A cache that one forward has filled, for the shape of each layer.
+    """Test the model. Return a cache that one forward has filled.
 
-    Raises `ValueError`, or whatever the model raises, if `ModelRunner` cannot run the model.
+    Raises `ValueError`, or any error of the model itself, if `ModelRunner` cannot run the model.
     """
     refuse_what_rows_cannot_share(model.config, model.generation_config)
     cache = DynamicCache()
@@ -36,7 +36,7 @@ def filled_cache(model: PreTrainedModel) -> DynamicCache:
 
 @torch.inference_mode()
 def _plain_logits(model: Any, ids: list[int], cache: DynamicCache | None = None) -> torch.Tensor:
-    """The logits after `ids` by a forward that knows nothing of slots: float32 [vocab]."""
+    """Compute the logits after `ids` without slots: float32 [vocab]."""
     inputs = torch.tensor([ids], device=model.device)
     outputs = model(input_ids=inputs, past_key_values=cache, use_cache=cache is not None)
     logits: torch.Tensor = outputs.logits[0, -1].float()
@@ -44,7 +44,7 @@ def _plain_logits(model: Any, ids: list[int], cache: DynamicCache | None = None)
 
 
 def _probe(runner: ModelRunner, expected: list[torch.Tensor]) -> None:
-    """Run two rows of different length, in chunks and then together, against a plain forward."""
+    """Compute two rows of different length, in chunks and then together. Compare the logits."""
     rows = []
     for slot, ids in zip((2, 0), PROBE, strict=True):
         row = _ProbeRow(slot, 0)
@@ -56,4 +56,4 @@ def _probe(runner: ModelRunner, expected: list[torch.Tensor]) -> None:
     for ours, theirs in zip(logits, expected, strict=True):
         error = float((ours - theirs).std() / theirs.std().clamp_min(1e-9))
         if not error < PROBE_TOLERANCE:
-            raise ValueError(f"its logits there differ by {error:.2f} standard deviations")
+            raise ValueError(f"logits in its slots differ by {error:.2f} standard deviations")

@@ -10,7 +10,7 @@ from stream_generator.sampling.sampler import Sampled
 
 
 class SoloRunner:
-    """Runs one request at a time through `generate`, with whatever cache the model likes."""
+    """Runs one request at a time through `generate`, with the model's own kind of cache."""
 
     keeps_prefixes = False
     has_logprobs = False
@@ -36,7 +36,7 @@ class SoloRunner:
         return [Choice(next(self._steps))]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        """Copy nothing: `keeps_prefixes` is false."""
+        """Do nothing. The engine never calls this method, because `keeps_prefixes` is false."""
 
     def release(self, request: Request, *, sound: bool) -> None:
         if request is self._owner:

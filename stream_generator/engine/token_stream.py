@@ -1,4 +1,4 @@
-"""The reader's end of one request."""
+"""The queue from which a reader takes the outputs of its request."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,11 +10,11 @@ from stream_generator.request import FinishReason, QueuePosition, Request, Token
 
 
 class TokenStream:
-    """What one request gives, as it comes. Iterate it, or `get` with a time-out.
+    """The outputs of one request. Iterate over the stream, or call `get` with a timeout.
 
-    The engine never waits for a reader: what is not read yet lies in this stream's own queue,
-    which a request bounds itself by `max_new_tokens`. Leaving the `with` block, or closing,
-    aborts what is not finished.
+    The engine never waits for a reader, because each stream has its own queue. `max_new_tokens`
+    limits the length of the queue. `close`, or the end of a `with` block, aborts the request if it
+    has not finished.
     """
 
     def __init__(self, request: Request, abort: Callable[[Request], None]):
@@ -22,7 +22,7 @@ class TokenStream:
         self._abort = abort
         self._outputs: SimpleQueue[TokenOutput | QueuePosition] = SimpleQueue()
         self._ended = False
-        self._told: Callable[[], None] | None = None  # what waits for several streams at once
+        self._callback: Callable[[], None] | None = None  # see `on_output`
 
     @property
     def id(self) -> str:
@@ -30,15 +30,14 @@ class TokenStream:
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to get."""
+        """Whether an output is in the queue."""
         return not self._outputs.empty()
 
     def get(self, timeout: float | None = None) -> TokenOutput | QueuePosition | None:
-        """The next output, the last of which has a finish reason; None if none came in time.
+        """Return the next output, or None after `timeout` seconds; by default, wait without limit.
 
-        timeout: seconds; without one, wait as long as it takes.
-        In place of the last output raises why there is none: `GenerationFailed` if computing
-        failed, `TimeLimitReached`, or `EngineClosed`.
+        The last output has a finish reason. If the request fails, raises `GenerationFailed`,
+        `TimeLimitReached` or `EngineClosed` instead of the last output.
         """
         try:
             output = self._outputs.get(timeout=timeout)
@@ -52,24 +51,24 @@ class TokenStream:
         return output
 
     def __iter__(self) -> Iterator[TokenOutput]:
-        """The outputs up to the last, without the places in the queue; none, once it was read."""
+        """Yield the remaining outputs up to the last one, without queue positions."""
         while not self._ended:
             output = self.get()
             if isinstance(output, TokenOutput):
                 yield output
 
     def put(self, output: TokenOutput | QueuePosition) -> None:
-        """The engine's end."""
+        """Append an output to the queue. Only the engine calls this method."""
         self._outputs.put(output)
-        if self._told is not None:
-            self._told()
+        if self._callback is not None:
+            self._callback()
 
-    def tell(self, told: Callable[[], None]) -> None:
-        """Call `told`, quickly and from the engine's thread, whenever there is something to get."""
-        self._told = told
+    def on_output(self, callback: Callable[[], None]) -> None:
+        """Call `callback` after each new output. The engine waits until `callback` returns."""
+        self._callback = callback
 
     def close(self) -> None:
-        """Abort the request if it has not finished. Safe from any thread, more than once."""
+        """Abort the request if it has not finished. Any thread may call this repeatedly."""
         self._abort(self.request)
 
     def __enter__(self) -> Self:
@@ -87,14 +86,14 @@ class TokenStream:
 def interleaved(
     streams: list[TokenStream], timeout: float | None = None
 ) -> Iterator[tuple[int, TokenOutput] | None]:
-    """The outputs of several streams as they come, each with its stream's number in the list.
+    """Yield the outputs of several streams as they arrive, each with the index of its stream.
 
-    None where nothing came for `timeout` seconds. Raises what `TokenStream.get` does.
+    Yields None if no output arrives for `timeout` seconds. Raises the errors of `TokenStream.get`.
     """
     ready: SimpleQueue[int] = SimpleQueue()
     for number, stream in enumerate(streams):
-        stream.tell(partial(ready.put, number))
-        ready.put(number)  # for what has come before
+        stream.on_output(partial(ready.put, number))
+        ready.put(number)  # the stream may already have outputs
     left = set(range(len(streams)))
     while left:
         try:

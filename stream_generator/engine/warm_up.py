@@ -1,4 +1,4 @@
-"""How fast is one stream here? A short reply, computed before the first request comes."""
+"""Measure the speed of one stream, with a short reply before the first request arrives."""
 
 import logging
 import statistics
@@ -15,34 +15,34 @@ logger = logging.getLogger(__name__)
 
 SECONDS = 0.5
 PROMPT_TOKENS = 16
-MOST_TOKENS = 1000
+REPLY_TOKENS = 1000
 
 
 def tokens_per_second(
     checkpoint: Checkpoint, runner: Runner, seconds: float = SECONDS
 ) -> float | None:
-    """Measure one stream, from the median gap between its tokens; None where none could be made.
+    """Measure the tokens per second of one stream. Return None if the measurement fails.
 
-    seconds: when the measurement ends; a slow model computes one more token than its first.
-    Call it on the thread that will compute, before any request runs. The reply is drawn like that
-    of a request without parameters, and nothing of it is kept.
+    The speed is the inverse of the median gap between two tokens. The measurement ends after
+    `seconds`, but not before the second token. Call this function on the computing thread, before
+    any request runs. The reply is sampled with default parameters, and none of it is kept.
     """
     try:
         gaps = _gaps(checkpoint, runner, seconds)
-    except Exception as error:  # requests that fail will say why
+    except Exception as error:  # start anyway; requests report their own errors
         logger.warning("the speed could not be measured: %s", error)
         return None
     return 1 / statistics.median(gaps) if gaps else None
 
 
 def _gaps(checkpoint: Checkpoint, runner: Runner, seconds: float) -> list[float]:
-    """Seconds between the tokens of one reply."""
-    here = replace(checkpoint, context_length=runner.context_length)
+    """Measure the seconds between the tokens of one reply."""
+    checkpoint = replace(checkpoint, context_length=runner.context_length)
     length = min(PROMPT_TOKENS, runner.context_length // 2)
     prompt = [n % checkpoint.vocab_size for n in range(length)]
-    # The least length: a reply that ends by itself might be over before anything is measured.
-    params = SamplingParams(seed=0, min_new_tokens=MOST_TOKENS, max_new_tokens=MOST_TOKENS)
-    request = here.new_request(prompt, params, request_id="warm-up")
+    # With a minimum length, the reply cannot end before a gap is measured.
+    params = SamplingParams(seed=0, min_new_tokens=REPLY_TOKENS, max_new_tokens=REPLY_TOKENS)
+    request = checkpoint.new_request(prompt, params, request_id="warm-up")
     request.start(slot=0, cached=0)
     gaps: list[float] = []
     began = time.perf_counter()

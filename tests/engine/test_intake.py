@@ -113,7 +113,7 @@ def test_replies_to_several_prompts_come_prompt_by_prompt() -> None:
 
 
 def test_more_replies_than_slots_and_queue_hold_are_an_invalid_request(engine: Engine) -> None:
-    with pytest.raises(InvalidRequest, match="5 replies are more than the 4"):
+    with pytest.raises(InvalidRequest, match="5 replies were requested, but only 4"):
         engine.submit_several([PROMPT], SamplingParams(), 5)
 
 
@@ -121,7 +121,7 @@ def test_waiting_prompts_have_a_limit_in_tokens_too() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=1, max_waiting=100)
     long = [1] * 500
     taken = []
-    with pytest.raises(QueueFull, match="too long in all"):
+    with pytest.raises(QueueFull, match="too long together"):
         for _ in range(100):
             taken.append(engine.submit(long, SamplingParams()))
     assert sum(len(s.request.prompt_ids) for s in taken) <= engine.intake.waiting_tokens

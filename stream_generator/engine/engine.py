@@ -280,7 +280,7 @@ class Engine:
         """
         with self._changed:
             self._move_to(EngineState.CLOSED)
-            streams, clears = list(self._streams.values()), self._clears
+            streams, clears, self._clears = list(self._streams.values()), self._clears, []
         for stream in streams:
             output = stream.request.fail(reason)
             self._forget(stream.request, keep=False)

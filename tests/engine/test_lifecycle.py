@@ -52,6 +52,24 @@ def test_an_engine_whose_thread_dies_reports_it_to_every_reader() -> None:
         submit(engine)
 
 
+def test_a_pending_clear_fails_once_however_often_the_engine_closes() -> None:
+    engine = engine_of(fake_checkpoint(says("abc")), slots=1)
+    failures: list[type[Exception]] = []
+
+    def clear() -> None:
+        with pytest.raises(EngineClosed) as caught:
+            engine.clear()
+        failures.append(caught.type)
+
+    clearing = threading.Thread(target=clear)
+    clearing.start()
+    wait_for(lambda: engine.pending_clears == 1, engine)
+    engine.close()
+    engine.close()
+    wait_for(clearing)
+    assert failures == [EngineClosed]
+
+
 def test_clear_runs_between_two_steps_and_returns(start: Any) -> None:
     engine = start(says("abc"))
     stream = submit(engine)

@@ -37,7 +37,7 @@ def event_queue() -> gr.HTML:
 
     Event: `stop`, when a waiting event needs this reply to end.
     """
-    return _scripted("lane.js", "event-queue", visible="hidden")
+    return _scripted("event_queue.js", "event-queue", visible="hidden")
 
 
 def conversation_list() -> gr.HTML:
@@ -52,7 +52,7 @@ def conversation_list() -> gr.HTML:
         "storage_full", "file_too_large",
     )  # fmt: skip
     return _scripted(
-        "shelf.js", "conversation-list", words=words, max_size=MAX_FILE_CHARACTERS,
+        "conversation_list.js", "conversation-list", words=words, max_size=MAX_FILE_CHARACTERS,
         changed_settings=None,
     )  # fmt: skip
 

@@ -204,7 +204,7 @@ def explain(error: StreamError, words: Words, *, has_begun: bool = False) -> str
     """Tell the user what went wrong and what to do."""
     if error.status is None:
         return words("broken") if has_begun else words("away")
-    if error.status in (401, 403):
+    if error.status == 401:
         return words("key")
     if error.status == 429:
         return words("full")

@@ -36,8 +36,10 @@ function fileButton() {
     const [chosen] = file.files;
     file.value = "";
     if (!chosen) return;
-    if (chosen.size > props.max_size) return draw(words.file_too_large);
-    window.conversations.requested.imported = await chosen.text();
+    // The limit counts characters. A character of UTF-8 has at most four bytes.
+    const text = chosen.size > 4 * props.max_size ? null : await chosen.text();
+    if (text === null || text.length > props.max_size) return draw(words.file_too_large);
+    window.conversations.requested.imported = text;
     trigger("import_file");
   };
   return make("label", { class: "import" }, words.import, file);

@@ -75,7 +75,7 @@ def test_stream_generate_applies_penalties_and_biases() -> None:
     assert text(logit_bias={str(ord("b")): 60}) == "bbbb"
     assert text(logit_bias={ord("a"): -60, ord("b"): 0.5, END: -100}) == "bbbb"
     assert text(no_repeat_ngram_size=2, logit_bias={ord("b"): 1}) == "aaba"
-    # 25 times 2 is 50, so the bias of 0.5 replaces the twenty-sixth "a".
+    # 25 times 2 is 50; then the bias of 0.5 makes "b" the twenty-sixth id.
     long = text(frequency_penalty=2.0, max_new_tokens=26, logit_bias={ord("b"): 0.5})
     assert long == "a" * 25 + "b"
 

@@ -79,7 +79,7 @@ def test_two_thousand_texts_get_the_ids_of_llama_cpp(llama_cpp: str, demo: Check
 
 
 @torch.inference_mode()
-def test_llama_cpps_greedy_tokens_are_nearly_the_likeliest_here(
+def test_llama_cpps_greedy_tokens_are_nearly_the_likeliest_for_the_demo_model(
     llama_cpp: str, demo: Checkpoint
 ) -> None:
     """Both programs round: llama.cpp its activations to eight bits, this project to bfloat16."""

@@ -8,15 +8,15 @@ from pydantic import ValidationError
 
 from stream_generator.sampling_params import SamplingParams
 
-NONE = SamplingParams()
+EMPTY = SamplingParams()
 
 
-def resolved(defaults: SamplingParams = NONE, **given: Any) -> dict[str, Any]:
+def resolved(defaults: SamplingParams = EMPTY, **given: Any) -> dict[str, Any]:
     params = SamplingParams(**given).resolved(defaults, room=5000, seed=77)
     return params.model_dump(exclude_none=True)
 
 
-def test_the_projects_defaults_fill_all_gaps() -> None:
+def test_the_projects_defaults_fill_all_missing_parameters() -> None:
     assert resolved() == {
         "do_sample": True,
         "temperature": 0.6,
@@ -53,7 +53,7 @@ def test_a_request_may_sample_from_a_checkpoint_that_is_greedy_by_default() -> N
 
 
 def test_token_limits_are_lowered_to_the_room_in_the_context() -> None:
-    params = SamplingParams(max_new_tokens=100, min_new_tokens=50).resolved(NONE, room=30, seed=0)
+    params = SamplingParams(max_new_tokens=100, min_new_tokens=50).resolved(EMPTY, room=30, seed=0)
     assert (params.max_new_tokens, params.min_new_tokens) == (30, 30)
 
 
@@ -75,7 +75,7 @@ def test_token_limits_are_lowered_to_the_room_in_the_context() -> None:
         {"min_new_tokens": 5, "max_new_tokens": 4},
     ],
 )  # fmt: skip
-def test_values_out_of_bounds_and_contradictions_are_rejected(given: dict[str, Any]) -> None:
+def test_sampling_params_reject_bad_values_and_contradictions(given: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SamplingParams(**given)
 

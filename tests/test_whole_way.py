@@ -64,7 +64,7 @@ def command() -> Iterator[type[Command]]:
 
     yield Started
     for service in started:
-        for _ in range(2):  # the second signal ends it and its page at once
+        for _ in range(2):  # the second signal ends service and page at once
             if service.process.poll() is None:
                 service.process.terminate()
         service.process.communicate(timeout=TIMEOUT)
@@ -169,9 +169,9 @@ def test_after_a_signal_open_streams_finish_and_new_requests_are_rejected(
     lines = begun_stream(address, 150)
     service.process.send_signal(signal.SIGTERM)
     wait_for(lambda: status(address, "ready") == 503)
-    refused = requests.post(f"{address}/stream", json={"query": "hi"}, timeout=TIMEOUT)
-    assert refused.status_code == 503
-    assert int(refused.headers["Retry-After"]) >= 1
+    rejected = requests.post(f"{address}/stream", json={"query": "hi"}, timeout=TIMEOUT)
+    assert rejected.status_code == 503
+    assert int(rejected.headers["Retry-After"]) >= 1
     end = json.loads(list(lines)[-1])
     assert (end["event"], end["usage"]["completion_tokens"]) == ("end", 150)
     assert service.process.wait(TIMEOUT) == 0

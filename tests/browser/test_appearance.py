@@ -32,7 +32,7 @@ def test_markup_in_a_message_is_shown_as_text(visitor: Any) -> None:
     page = visitor(talk(nasty, question="<i>name</i> <img src=x>"))
     expect(answers(page)).to_contain_text("bold")
     made = "#chat .message-content :is(img, b, i, u, script, style, form, input, details, svg)"
-    # The page itself makes the folded line of figures.
+    # The page's own line of figures contains such elements, too, so it is excluded.
     assert (
         page.locator(f"{made}:not(.meter *)").count()
         == page.locator("#chat .copy_code_button svg").count()

@@ -228,7 +228,7 @@ def test_the_service_knows_every_setting_of_the_page(serve: ServiceFactory) -> N
         assert 0 <= ends["minimum"] < ends["maximum"] < 2**53
 
 
-def test_gradio_lets_visitors_run_events_at_once_and_bounds_its_queue() -> None:
+def test_gradio_runs_visitors_events_in_parallel_and_bounds_its_queue() -> None:
     page = page_at("http://127.0.0.1:9")
     functions = page.blocks.fns.values()
     assert page.blocks._queue.default_concurrency_limit is None

@@ -26,7 +26,7 @@ def contents(conversation: Conversation) -> list[str]:
     return [turn.content for turn in conversation.turns]
 
 
-def test_a_change_makes_a_new_conversation_and_keeps_the_old_one() -> None:
+def test_changing_a_conversation_makes_a_new_one_and_keeps_the_old_one() -> None:
     before = talk(("a", "b"))
     after = before.asked("c")
     assert contents(before) == ["a", "b"]
@@ -162,7 +162,7 @@ def test_a_saved_file_gets_a_name_that_every_system_allows() -> None:
     assert files.file_name(Conversation(), "json") == "conversation.json"
 
 
-def test_settings_reject_nan() -> None:
+def test_chat_settings_reject_nan() -> None:
     with pytest.raises(ValidationError):
         ChatSettings(temperature=float("nan"))
 

@@ -39,7 +39,7 @@ def until_something_is_logged() -> Iterator[None]:
         def emit(self, record: logging.LogRecord) -> None:
             logged.set()
 
-    logger = logging.getLogger()  # its handlers run after `caplog`'s
+    logger = logging.getLogger()  # runs the listener after `caplog`'s handler
     logger.addHandler(listener := Listener())
     try:
         yield

@@ -43,7 +43,7 @@ def abort_requested_by(task: Callable[[], object], service: RunningService) -> I
     thread.join()
 
 
-def test_the_first_item_comes_at_once_and_later_items_in_one_batch() -> None:
+def test_batches_give_the_first_item_at_once_and_later_items_together() -> None:
     begun, more = threading.Semaphore(0), threading.Semaphore(0)
 
     def items() -> Generator[int, None, None]:
@@ -82,7 +82,7 @@ def test_a_batch_does_not_wait_for_another_item_after_its_interval() -> None:
     assert list(batched) == [[2]]
 
 
-def test_an_exception_comes_after_the_items_before_it() -> None:
+def test_batches_raise_an_exception_after_the_items_before_it() -> None:
     def items() -> Generator[int, None, None]:
         yield 1
         raise ValueError("broken")

@@ -95,7 +95,7 @@ def assert_failure_reported(form: str, response: requests.Response, tokens: int)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_failure_at_any_token_stays_in_its_request(service: RunningService, form: str) -> None:
+def test_a_failure_at_any_token_hits_only_its_request(service: RunningService, form: str) -> None:
     def fail(tokens: int) -> None:
         with ask(service, form, f"fail {tokens}.") as response:
             assert_failure_reported(form, response, tokens)

@@ -11,7 +11,7 @@ from support.fakes import fake_checkpoint, says
 from stream_service.app import create_app
 from stream_service.settings import ServiceSettings
 
-OPEN = {"/health", "/ready"}
+PATHS_WITHOUT_KEY = {"/health", "/ready"}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_only_health_and_ready_answer_without_a_key(engine: object, header: str 
     headers = {"Authorization": header} if header else {}
     for method, path in routes(app):
         response = client.open(path, method=method, headers=headers)
-        if path in OPEN:
+        if path in PATHS_WITHOUT_KEY:
             assert response.status_code == 200, path
         else:
             assert response.status_code == 401, (method, path)
@@ -135,5 +135,5 @@ def test_a_post_from_an_origin_that_is_not_allowed_is_rejected(engine: object) -
 
 def test_health_and_ready_accept_any_host_name(engine: object) -> None:
     client = client_for(engine, allowed_hosts=frozenset({"localhost"}))
-    for path in OPEN:
+    for path in PATHS_WITHOUT_KEY:
         assert client.get(path, headers={"Host": "10.0.0.7:8800"}).status_code == 200

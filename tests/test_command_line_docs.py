@@ -21,4 +21,4 @@ def test_the_command_line_document_has_each_flags_default() -> None:
     table = (ROOT / "docs" / "command-line.md").read_text().partition("## llama3-app")[0]
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| `-")]
     without_default = {flags.strip("| `") for flags, _, default, _ in rows if not default.strip()}
-    assert without_default == {"--version", "--cache"}, "no other flags"
+    assert without_default == {"--version", "--cache"}, "only these flags have no default"

@@ -1,8 +1,8 @@
-"""Takes the README's pictures of the page: real replies of the demo model, in a real browser.
+"""Take the README's pictures of the page, with real replies of the demo model in Chromium.
 
-    python tests/screenshots.py        (wants requirements-dev.txt and a Chromium)
+    python tests/screenshots.py        (needs requirements-dev.txt and Chromium)
 
-Writes docs/images/page-*.png.
+The pictures are written to docs/images/page-*.png.
 """
 
 import sys
@@ -40,7 +40,7 @@ def light(browser: Browser, address: str) -> None:
     page.locator("#chat .placeholder").wait_for()
     ask(page, "Write a Python function that reverses a string, and explain it.")
     page.mouse.move(640, 60)
-    take(page, "page-light")
+    save_picture(page, "page-light")
 
 
 def dark(browser: Browser, address: str) -> None:
@@ -49,14 +49,14 @@ def dark(browser: Browser, address: str) -> None:
     page.get_by_role("checkbox", name="Token view").check()
     ask(page, "What is a rainbow? Answer briefly.")
     page.locator(".tokens .token").nth(8).focus()
-    take(page, "page-tokens-dark")
+    save_picture(page, "page-tokens-dark")
 
 
 def phone(browser: Browser, address: str) -> None:
     profile = PHONE | {"locale": "zh-CN"}
     page = visitor(browser, address, profile, max_new_tokens=48)
     ask(page, "Say hello to the world.")
-    take(page, "page-phone-zh")
+    save_picture(page, "page-phone-zh")
 
 
 def visitor(browser: Browser, address: str, profile: Any, **settings: Any) -> Page:
@@ -71,7 +71,7 @@ def ask(page: Page, question: str) -> None:
     page.locator("#box .submit-button").wait_for()
 
 
-def take(page: Page, name: str) -> None:
+def save_picture(page: Page, name: str) -> None:
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     page.screenshot(path=IMAGES / f"{name}.png", animations="disabled")
 

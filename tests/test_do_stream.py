@@ -30,7 +30,7 @@ def stream_support() -> Iterator[Callable[[], None]]:
 
 
 def test_do_stream_gives_a_generator_of_id_tensors(stream_support: Callable[[], None]) -> None:
-    """The usage lines of the transformers-stream-generator README."""
+    """These lines are the usage example in transformers-stream-generator's README."""
     model, tokenizer = tiny_llama(vocab_size=258), byte_tokenizer()
     input_ids = prompts(6)["input_ids"]
     with pytest.warns(UserWarning, match="max_length"):  # transformers' own advice
@@ -40,7 +40,7 @@ def test_do_stream_gives_a_generator_of_id_tensors(stream_support: Callable[[], 
     assert isinstance("".join(words), str)
 
 
-def test_do_stream_equals_generate_and_calls_without_it_are_untouched(
+def test_do_stream_gives_the_ids_of_generate_and_plain_calls_stay_the_same(
     stream_support: Callable[[], None],
 ) -> None:
     model, inputs = tiny_llama(), prompts(6, 3)
@@ -53,7 +53,7 @@ def test_do_stream_equals_generate_and_calls_without_it_are_untouched(
     assert with_dict.sequences.shape == (2, 18)
 
 
-def test_stream_support_can_be_undone_and_called_twice() -> None:
+def test_init_stream_support_can_be_called_twice_and_undone() -> None:
     original = GenerationMixin.generate
     undo = init_stream_support()
     assert init_stream_support() is undo
@@ -64,7 +64,7 @@ def test_stream_support_can_be_undone_and_called_twice() -> None:
     assert GenerationMixin.generate is original
 
 
-def test_a_seed_makes_a_stream_repeatable(stream_support: Callable[[], None]) -> None:
+def test_do_stream_repeats_its_ids_for_the_same_seed(stream_support: Callable[[], None]) -> None:
     model = tiny_llama()
 
     def run(seed: int) -> list[int]:
@@ -75,7 +75,7 @@ def test_a_seed_makes_a_stream_repeatable(stream_support: Callable[[], None]) ->
     assert run(1) == run(1) != run(2)
 
 
-def test_stop_strings_work_with_a_tokenizer(stream_support: Callable[[], None]) -> None:
+def test_do_stream_takes_stop_strings_with_a_tokenizer(stream_support: Callable[[], None]) -> None:
     model, tokenizer = FakeModel(says("one two three")), byte_tokenizer()
     ids = torch.tensor([tokenizer.encode("assistant:")])
     options = {"do_stream": True, "max_new_tokens": 50, "stop_strings": ["two"]}
@@ -85,7 +85,7 @@ def test_stop_strings_work_with_a_tokenizer(stream_support: Callable[[], None]) 
     config = GenerationConfig(stop_strings=["two"], max_new_tokens=50, use_cache=False)
     steps = model.generate(ids, config, do_stream=True, tokenizer=tokenizer)
     assert tokenizer.decode([int(step) for step in steps]) == "one two"
-    assert config.stop_strings == ["two"], "the caller's own config stays as it was"
+    assert config.stop_strings == ["two"], "the caller's config must not change"
     with pytest.raises(InvalidRequest, match="tokenizer"):
         model.generate(ids, **options)
 
@@ -99,7 +99,7 @@ def test_stop_strings_work_with_a_tokenizer(stream_support: Callable[[], None]) 
         ({"return_dict_in_generate": True}, "return_dict_in_generate"),
     ],
 )
-def test_do_stream_refuses_by_name_what_it_cannot_do(
+def test_do_stream_rejects_an_unsupported_option_by_its_name(
     stream_support: Callable[[], None], options: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(InvalidRequest) as error:

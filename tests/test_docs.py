@@ -1,4 +1,4 @@
-"""What the documents tell people to type works as it stands."""
+"""The examples in docs/api.md and docs/clients.md work unchanged."""
 
 import os
 import re
@@ -29,13 +29,13 @@ def service(demo: Checkpoint) -> Iterator[RunningService]:
 
 
 @pytest.mark.parametrize(("language", "code"), EXAMPLES)
-def test_an_example_works_as_it_stands(service: RunningService, language: str, code: str) -> None:
+def test_a_documented_example_works(service: RunningService, language: str, code: str) -> None:
     assert "localhost:8800" in code
     run_example(service, language, code)
 
 
 def run_example(service: RunningService, language: str, code: str) -> None:
-    """Run it against `service`, in a process of its own; it must print something."""
+    """Run an example against `service`, in its own process; the example must print something."""
     code = code.replace("localhost:8800", service.url.removeprefix("http://"))
     if language == "bash":
         code = re.sub(r"\bcurl (?!-s)", "curl -sS --fail-with-body ", code)
@@ -53,8 +53,8 @@ def run_example(service: RunningService, language: str, code: str) -> None:
     assert "broken off" not in done.stdout
 
 
-def test_every_route_has_its_examples_in_both_languages(service: RunningService) -> None:
-    """By the address in curl and in Python, or by what a client's method stands for."""
+def test_every_route_has_an_example_for_curl_and_for_python(service: RunningService) -> None:
+    """An example uses a route by its address, or by a method of a Python client."""
     codes: dict[str, str] = {"bash": "", "python": ""}
     for example in EXAMPLES:
         language, code = example.values

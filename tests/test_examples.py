@@ -1,4 +1,4 @@
-"""The programs in examples/, each in a process of its own."""
+"""The programs in examples/, each in its own process."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ REPLY = "One word, 二, three."
 
 @contextmanager
 def running(name: str, *arguments: str, address: str = "") -> Iterator["subprocess.Popen[bytes]"]:
-    """An example, as a person starts it in a clone that is installed."""
+    """Start an example as a user does who has installed this clone."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LLAMA3_ADDRESS": address}
     for variable in ("LLAMA3_API_KEY", "PYTHONUNBUFFERED"):  # an example must flush by itself
         environment.pop(variable, None)
@@ -35,12 +35,12 @@ def running(name: str, *arguments: str, address: str = "") -> Iterator["subproce
 
 
 def read_until(process: "subprocess.Popen[bytes]", text: str) -> None:
-    """Read as the terminal does: what is printed, when it is printed."""
+    """Read the output as soon as it is printed, until `text` comes."""
     assert process.stdout is not None
     printed = b""
     while not printed.endswith(text.encode()):
         piece = os.read(process.stdout.fileno(), 4096)
-        assert piece, f"it ended after {printed!r}"
+        assert piece, f"the example ended after {printed!r}"
         printed += piece
 
 
@@ -48,7 +48,7 @@ def read_until(process: "subprocess.Popen[bytes]", text: str) -> None:
     ("name", "arguments", "typed"),
     [("requests_stream.py", ["Count."], b""), ("openai_chat.py", [], b"Count.\n\n")],
 )
-def test_a_client_prints_the_first_word_before_the_service_computes_the_second(
+def test_an_example_client_prints_the_first_word_before_the_second_is_computed(
     name: str, arguments: list[str], typed: bytes, serve: ServiceFactory
 ) -> None:
     gate = Gate(says(REPLY))
@@ -66,7 +66,7 @@ def test_a_client_prints_the_first_word_before_the_service_computes_the_second(
     assert printed.decode().removesuffix("> ") == REPLY.removeprefix("One") + "\n"
 
 
-def test_the_chat_sends_the_whole_conversation(serve: ServiceFactory) -> None:
+def test_the_example_chat_sends_the_whole_conversation(serve: ServiceFactory) -> None:
     """The fake model answers with the number of turns in its prompt."""
     service = serve(fake_checkpoint(lambda ids: says(str(ids.count(257)))(ids)))
     with running("openai_chat.py", address=service.url) as process:
@@ -75,7 +75,7 @@ def test_the_chat_sends_the_whole_conversation(serve: ServiceFactory) -> None:
     assert printed == b"> 1\n> 3\n> "
 
 
-def test_requests_stream_prints_why_the_service_refuses(serve: ServiceFactory) -> None:
+def test_the_requests_example_prints_why_a_prompt_is_rejected(serve: ServiceFactory) -> None:
     service = serve(fake_checkpoint(says(REPLY)))
     environment = {**os.environ, "LLAMA3_ADDRESS": service.url}
     done = subprocess.run(
@@ -90,7 +90,7 @@ def test_requests_stream_prints_why_the_service_refuses(serve: ServiceFactory) -
     assert "Traceback" not in done.stderr
 
 
-def test_the_demo_model_streams_without_a_service(demo: Checkpoint) -> None:
+def test_the_local_example_streams_the_demo_model_without_a_service(demo: Checkpoint) -> None:
     with running("local_stream.py") as process:
         printed, _ = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0
@@ -100,8 +100,8 @@ def test_the_demo_model_streams_without_a_service(demo: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
-def test_an_example_is_short_and_says_how_to_start_it(path: Path) -> None:
+def test_an_example_is_short_and_names_its_own_command(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= 40
     assert f"python examples/{path.name}" in text
-    assert path.name in Path(__file__).read_text(), "a test runs it"
+    assert path.name in Path(__file__).read_text(), "no test runs this example"

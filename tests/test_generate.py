@@ -42,7 +42,7 @@ def test_stream_generate_yields_text_and_ends_with_the_reason() -> None:
     assert outputs[-1].finish_reason is FinishReason.STOP
 
 
-def test_stream_generate_takes_ids_and_stops_at_the_length() -> None:
+def test_stream_generate_takes_ids_and_stops_at_the_maximum_length() -> None:
     fake = fake_checkpoint(says("abcdef"), context_length=20)
     ids = fake.tokenizer.encode("assistant:")
     outputs = list(stream_generate(fake.model, fake.tokenizer, ids, max_new_tokens=3))
@@ -53,7 +53,7 @@ def test_stream_generate_takes_ids_and_stops_at_the_length() -> None:
     assert len(outputs) == 1
 
 
-def test_stop_strings_and_stop_ids_end_a_reply_and_are_not_shown() -> None:
+def test_stop_strings_and_stop_ids_finish_a_reply_and_are_not_shown() -> None:
     fake = fake_checkpoint(says("one two three"))
     messages = [{"role": "user", "content": "count"}]
     for params in ({"stop": "two"}, {"stop": ["xyz", "two t"]}, {"stop_token_ids": [ord("t")]}):
@@ -62,8 +62,8 @@ def test_stop_strings_and_stop_ids_end_a_reply_and_are_not_shown() -> None:
         assert outputs[-1].finish_reason is FinishReason.STOP
 
 
-def test_the_penalties_and_biases_reach_the_logits() -> None:
-    """The fake model prefers one id by 50; a bias or a penalty of more than that is seen."""
+def test_stream_generate_applies_penalties_and_biases() -> None:
+    """The fake model prefers one id by 50, so only biases and penalties above 50 matter."""
     fake = fake_checkpoint(lambda ids: ord("a"))
     ids = fake.tokenizer.encode("x")
 
@@ -75,12 +75,12 @@ def test_the_penalties_and_biases_reach_the_logits() -> None:
     assert text(logit_bias={str(ord("b")): 60}) == "bbbb"
     assert text(logit_bias={ord("a"): -60, ord("b"): 0.5, END: -100}) == "bbbb"
     assert text(no_repeat_ngram_size=2, logit_bias={ord("b"): 1}) == "aaba"
-    # 25 times 2 is 50: the twenty-sixth "a" gives way.
+    # 25 times 2 is 50; then the bias of 0.5 makes "b" the twenty-sixth id.
     long = text(frequency_penalty=2.0, max_new_tokens=26, logit_bias={ord("b"): 0.5})
     assert long == "a" * 25 + "b"
 
 
-def test_greedy_text_of_the_demo_model_is_transformers_own(demo: Any) -> None:
+def test_greedy_text_of_the_demo_model_equals_that_of_transformers(demo: Any) -> None:
     messages = [{"role": "user", "content": "Name three colours of the rainbow."}]
     outputs = list(
         stream_generate(demo.model, demo.tokenizer, messages, temperature=0, max_new_tokens=32)
@@ -93,7 +93,7 @@ def test_greedy_text_of_the_demo_model_is_transformers_own(demo: Any) -> None:
     assert "".join(o.delta for o in outputs) == demo.tokenizer.decode(new, skip_special_tokens=True)
 
 
-def test_lengths_of_the_checkpoints_generation_config_do_not_cut_a_reply() -> None:
+def test_limits_in_a_generation_config_do_not_shorten_a_reply() -> None:
     fake = fake_checkpoint(says("abcdefgh"))
     fake.model.generation_config.max_new_tokens = 4
     fake.model.generation_config.max_time = 0.0
@@ -103,7 +103,7 @@ def test_lengths_of_the_checkpoints_generation_config_do_not_cut_a_reply() -> No
     assert outputs[-1].finish_reason is FinishReason.LENGTH
 
 
-def test_a_model_without_any_end_id_runs_to_the_length() -> None:
+def test_a_model_without_an_end_id_generates_up_to_the_maximum_length() -> None:
     model, tokenizer = tiny_llama(vocab_size=258), byte_tokenizer()
     tokenizer.eos_token = None
     outputs = list(stream_generate(model, tokenizer, [5, 6, 7], max_new_tokens=4))
@@ -111,7 +111,7 @@ def test_a_model_without_any_end_id_runs_to_the_length() -> None:
     assert len(outputs) == 4
 
 
-def test_a_request_that_cannot_be_served_is_refused_before_anything_is_computed() -> None:
+def test_stream_generate_rejects_a_bad_request_before_any_forward() -> None:
     model = FakeModel(says("x"), context_length=8)
     forwards = counting(model)
     tokenizer = byte_tokenizer()
@@ -130,12 +130,12 @@ def test_a_request_that_cannot_be_served_is_refused_before_anything_is_computed(
     assert forwards() == 0
 
 
-def checkpoint_of_noise() -> Checkpoint:
+def random_checkpoint() -> Checkpoint:
     return Checkpoint.of(tiny_llama(), byte_tokenizer())
 
 
-def test_replies_of_a_checkpoint_are_the_engines_however_they_are_read() -> None:
-    checkpoint = checkpoint_of_noise()
+def test_replies_equal_the_engines_whether_read_in_turn_or_by_threads() -> None:
+    checkpoint = random_checkpoint()
     asked = [{"max_new_tokens": 9 + n, "temperature": 1.0, "seed": n} for n in range(6)]
     engine = Engine(checkpoint)
     streams = [engine.submit([5, 6, 7], SamplingParams(**fields)) for fields in asked]
@@ -155,14 +155,14 @@ def test_replies_of_a_checkpoint_are_the_engines_however_they_are_read() -> None
 
 
 def test_replies_that_are_read_at_the_same_time_are_computed_together() -> None:
-    checkpoint = checkpoint_of_noise()
-    list(stream_generate(checkpoint, [5, 6, 7], max_new_tokens=2))  # so that its engine is there
+    checkpoint = random_checkpoint()
+    list(stream_generate(checkpoint, [5, 6, 7], max_new_tokens=2))  # this creates its engine
     forwards = counting(checkpoint.model)
     fields: dict[str, Any] = {"max_new_tokens": 20, "min_new_tokens": 20}
     replies = [stream_generate(checkpoint, [5, 6, n], **fields) for n in range(8, 12)]
     for outputs in zip(*replies, strict=True):
         assert all(outputs)
-    assert forwards() == 4 + 19 + 3, "the prompts, then steps for all; the last begins three later"
+    assert forwards() == 4 + 19 + 3, "4 prompts, 19 shared steps, 3 for the last reply alone"
 
     before = forwards()
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -171,15 +171,15 @@ def test_replies_that_are_read_at_the_same_time_are_computed_together() -> None:
     assert forwards() - before < 4 * 20
 
 
-def test_more_replies_than_the_queue_holds_are_all_given() -> None:
-    checkpoint = checkpoint_of_noise()
+def test_stream_generate_serves_more_replies_than_its_queue_holds() -> None:
+    checkpoint = random_checkpoint()
     replies = [stream_generate(checkpoint, [5, 6, 7], max_new_tokens=9) for _ in range(60)]
     for reply in replies:
         next(reply)
     assert {len(list(reply)) for reply in replies} == {8}
 
 
-def test_a_token_in_the_queue_does_not_wait_for_the_step_of_another_reader() -> None:
+def test_reading_a_queued_token_does_not_wait_for_another_readers_step() -> None:
     gate = Gate(says("abcdef"))
     checkpoint = fake_checkpoint(gate)
     messages = [{"role": "user", "content": "?"}]
@@ -190,13 +190,13 @@ def test_a_token_in_the_queue_does_not_wait_for_the_step_of_another_reader() -> 
         wait_for(gate.arrived)
     with ThreadPoolExecutor(max_workers=1) as pool:
         fourth = pool.submit(next, one)
-        wait_for(gate.arrived)  # for a step that computes until the test permits more tokens
+        wait_for(gate.arrived)  # a step now computes until the gate opens
         assert next(other).delta == "b"
         gate.allow(100)
         assert fourth.result().delta == "d"
 
 
-def test_an_interrupted_step_spoils_no_other_reply() -> None:
+def test_an_interrupted_step_fails_the_open_replies_but_no_later_one() -> None:
     interrupts = [KeyboardInterrupt()]
 
     def next_id(ids: list[int]) -> int:
@@ -215,8 +215,8 @@ def test_an_interrupted_step_spoils_no_other_reply() -> None:
     assert "".join(o.delta for o in stream_generate(checkpoint, messages)) == "abcdef"
 
 
-def test_a_reply_that_is_closed_or_never_started_is_not_computed() -> None:
-    checkpoint = checkpoint_of_noise()
+def test_a_closed_or_unread_reply_is_not_computed() -> None:
+    checkpoint = random_checkpoint()
     left = stream_generate(checkpoint, [5, 6, 7], max_new_tokens=1000)
     next(left)
     left.close()
@@ -231,7 +231,7 @@ def test_a_reply_that_is_closed_or_never_started_is_not_computed() -> None:
 
 
 def test_an_unused_checkpoint_is_garbage_collected() -> None:
-    checkpoint = checkpoint_of_noise()
+    checkpoint = random_checkpoint()
     list(stream_generate(checkpoint, [5, 6, 7], max_new_tokens=3))
     gone = weakref.ref(checkpoint)
     del checkpoint
@@ -239,8 +239,8 @@ def test_an_unused_checkpoint_is_garbage_collected() -> None:
     assert gone() is None
 
 
-def test_a_request_that_a_checkpoint_cannot_serve_is_refused_before_anything_is_computed() -> None:
-    checkpoint = checkpoint_of_noise()
+def test_stream_generate_rejects_at_once_what_a_checkpoint_cannot_serve() -> None:
+    checkpoint = random_checkpoint()
     with pytest.raises(PromptTooLong):
         stream_generate(checkpoint, [1] * 10_000)
     with pytest.raises(ValidationError):
@@ -254,7 +254,7 @@ def test_a_request_that_a_checkpoint_cannot_serve_is_refused_before_anything_is_
         stream_generate(alone, [1], logprobs=1)
 
 
-def test_packed_weights_run_on_their_graph(demo: Checkpoint) -> None:
+def test_stream_generate_runs_packed_weights_on_their_graph(demo: Checkpoint) -> None:
     messages = [{"role": "user", "content": "Name a colour."}]
     fields: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12, "logprobs": 1}
     engine = Engine(demo)
@@ -264,11 +264,11 @@ def test_packed_weights_run_on_their_graph(demo: Checkpoint) -> None:
     assert reply == list(stream)
     choice = reply[0].choice
     assert choice is not None
-    assert choice.logprob is not None, "which the dense model's loop does not give"
+    assert choice.logprob is not None, "only the graph gives log-probabilities here"
 
 
-def test_an_end_id_that_the_vocabulary_lacks_does_not_break_a_least_length() -> None:
-    checkpoint = checkpoint_of_noise()
+def test_min_new_tokens_works_if_an_end_id_is_outside_the_vocabulary() -> None:
+    checkpoint = random_checkpoint()
     assert max(checkpoint.end_ids) >= checkpoint.vocab_size
     fields: dict[str, Any] = {"min_new_tokens": 3, "max_new_tokens": 5, "temperature": 0}
     assert len(list(stream_generate(checkpoint, [5, 6, 7], **fields))) == 5

@@ -41,7 +41,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual environment with the wheel; its dependencies are those of the tests."""
+    """A virtual environment with the wheel. It uses the dependencies that the tests use."""
     directory = tmp_path_factory.mktemp("environment")
     venv.create(directory, symlinks=True)
     python = directory / "bin" / "python"
@@ -56,7 +56,7 @@ def site_packages(environment: Path) -> Path:
 
 
 def output_of(environment: Path, command: str, *arguments: str) -> str:
-    """What an installed command prints, outside of this clone."""
+    """Run an installed command outside of this clone, and return its output."""
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [environment / "bin" / command, *arguments],
@@ -89,35 +89,33 @@ def test_the_installed_service_prints_its_version_and_its_flags(environment: Pat
     assert "--ckpts" in output_of(environment, "llama3-service", "--help")
 
 
-def test_the_installed_page_starts_and_the_service_finds_it(environment: Path) -> None:
+def test_the_installed_service_finds_the_page_and_the_page_starts(environment: Path) -> None:
     """`--app` runs the page as a script; `--help` imports the page with all of its assets."""
     found = output_of(environment, "python", "-c", "import llama3_service as s; print(s.PAGE)")
     assert Path(found.strip()) == site_packages(environment) / "llama3_app.py"
     assert "--auth" in output_of(environment, "python", found.strip(), "--help")
 
 
-def test_the_installed_command_of_the_page_runs(environment: Path) -> None:
+def test_the_installed_command_llama3_app_runs(environment: Path) -> None:
     assert "--auth" in output_of(environment, "llama3-app", "--help")
 
 
-def test_each_tested_version_lies_in_the_range_that_the_package_asks_for() -> None:
+def test_each_tested_version_is_in_the_range_that_the_package_requires() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     tested = dict(line.split("==") for line in lines if not line.startswith("#"))
-    asked = {
-        one.name: one.specifier for one in map(Requirement, PROJECT["project"]["dependencies"])
-    }
-    assert asked.keys() - {"pip"} == tested.keys()
+    ranges = {r.name: r.specifier for r in map(Requirement, PROJECT["project"]["dependencies"])}
+    assert ranges.keys() - {"pip"} == tested.keys()
     for name, version in tested.items():
-        assert version in asked[name], name
+        assert version in ranges[name], name
 
 
-def test_the_version_stands_in_one_place() -> None:
+def test_the_version_is_defined_in_one_file() -> None:
     assert "version" not in PROJECT["project"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
-    holders = [
+    files = [
         path.relative_to(ROOT).as_posix()
         for pattern in ("stream_*/**/*.py", "chat_page/*.py", "*.py")
         for path in ROOT.glob(pattern)
         if f'"{__version__}"' in path.read_text()
     ]
-    assert holders == ["stream_service/__init__.py"]
+    assert files == ["stream_service/__init__.py"]

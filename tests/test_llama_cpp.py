@@ -1,4 +1,4 @@
-"""The demo model beside llama.cpp on the same file: the same ids, and greedy replies as near."""
+"""The demo model and llama.cpp on the same file: equal ids, and nearly equal greedy replies."""
 
 import functools
 import random
@@ -50,7 +50,7 @@ def llama_cpp() -> Iterator[str]:
 
 
 def texts(count: int) -> list[str]:
-    """Cuts out of the standard library, and strings of many scripts, digits and white space."""
+    """Pieces of the standard library, and random strings of many scripts, digits and spaces."""
     rng = random.Random(0)
     source = "".join(
         Path(module).read_text(encoding="utf-8") for module in (random.__file__, functools.__file__)
@@ -69,7 +69,7 @@ def texts(count: int) -> list[str]:
     return found
 
 
-def test_two_thousand_texts_have_the_same_ids(llama_cpp: str, demo: Checkpoint) -> None:
+def test_two_thousand_texts_get_the_ids_of_llama_cpp(llama_cpp: str, demo: Checkpoint) -> None:
     with requests.Session() as session:
         for text in texts(2000):
             body = {"content": text, "add_special": False}
@@ -79,17 +79,17 @@ def test_two_thousand_texts_have_the_same_ids(llama_cpp: str, demo: Checkpoint) 
 
 
 @torch.inference_mode()
-def test_greedy_replies_part_only_where_two_tokens_are_nearly_as_likely(
+def test_llama_cpps_greedy_tokens_are_nearly_the_likeliest_for_the_demo_model(
     llama_cpp: str, demo: Checkpoint
 ) -> None:
-    """Both round: llama.cpp what it multiplies with to eight bits, we to bfloat16."""
+    """Both programs round: llama.cpp its activations to eight bits, this project to bfloat16."""
     for topic in ("a rainbow", "bread", "the tides", "a bicycle", "friendship", "glass"):
         prompt = demo.chat.encode([{"role": "user", "content": f"What is {topic}?"}])
         body = {"prompt": prompt, "n_predict": 24, "temperature": 0, "return_tokens": True}
         answer = requests.post(f"{llama_cpp}/completion", json=body, timeout=TIMEOUT).json()
         theirs = [*prompt, *answer["tokens"]]
         scores = demo.model(torch.tensor([theirs])).logits[0].float().log_softmax(dim=-1)
-        # After each of their tokens but the last: what would we have taken, by how much?
+        # At each position, compare our likeliest token with llama.cpp's.
         for position in range(len(prompt) - 1, len(theirs) - 1):
             row, taken = scores[position], theirs[position + 1]
             assert float(row.max() - row[taken]) < 0.5, (topic, position - len(prompt))

@@ -1,4 +1,4 @@
-"""The loop gives the ids that transformers gives, one step at a time."""
+"""`stream_sample` yields the ids of transformers' own loop, one step at a time."""
 
 import threading
 from collections.abc import Iterator
@@ -43,7 +43,7 @@ ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4, "num_key_value_h
 
 
 def family(name: str) -> PreTrainedModel:
-    """A tiny random model of each kind, in float32."""
+    """A tiny random model of this family, in float32."""
     if name.startswith("llama"):
         return tiny_llama(
             num_key_value_heads=4 if "ungrouped" in name else 2,
@@ -66,7 +66,7 @@ FAMILIES = ["llama", "llama ungrouped", "llama tied", "mistral", "qwen2", "gpt2"
 
 
 def stream_ids(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
-    """All that a stream yields, side by side: [rows, steps]."""
+    """All ids of a stream: [rows, steps]."""
     steps = list(model.generate(**inputs, custom_generate=stream_sample, **options))
     assert all(step.shape == (len(steps[0]),) for step in steps)
     return torch.stack(steps, dim=1)
@@ -74,14 +74,14 @@ def stream_ids(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("lengths", [(7,), (3, 9, 5)], ids=["alone", "batch"])
-def test_greedy_equals_generate_token_for_token(name: str, lengths: tuple[int, ...]) -> None:
+def test_a_greedy_stream_equals_generate_id_for_id(name: str, lengths: tuple[int, ...]) -> None:
     model = family(name)
     options = {"do_sample": False, "max_new_tokens": 24}
     inputs = prompts(*lengths)
     assert stream_ids(model, inputs, **options).equal(generated(model, inputs, **options))
 
 
-def test_greedy_equals_generate_with_processors_and_without_cache() -> None:
+def test_a_greedy_stream_equals_generate_with_processors_and_without_cache() -> None:
     model = tiny_llama(eos_token_id=[5, 6])
     inputs = prompts(6, 2)
     for options in (
@@ -95,8 +95,8 @@ def test_greedy_equals_generate_with_processors_and_without_cache() -> None:
         assert ours.equal(theirs), options
 
 
-class Force:
-    """Forces ids: `schedule[step][row]`; elsewhere an ordinary id."""
+class ForceIds:
+    """A processor that forces the id `schedule[step][row]`, and forbids end ids elsewhere."""
 
     def __init__(self, schedule: dict[int, dict[int, int]], prompt_length: int):
         self.schedule = schedule
@@ -113,10 +113,10 @@ class Force:
 
 
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_each_of_two_end_ids_ends_a_row_and_no_id_leaves_the_vocabulary(do_sample: bool) -> None:
+def test_each_of_two_end_ids_ends_a_row_and_all_ids_are_in_the_vocabulary(do_sample: bool) -> None:
     model = tiny_llama(eos_token_id=[5, 6])
     inputs = prompts(4, 4, 4)
-    force = Force({2: {0: 5}, 4: {1: 6}, 7: {2: 5}}, prompt_length=4)
+    force = ForceIds({2: {0: 5}, 4: {1: 6}, 7: {2: 5}}, prompt_length=4)
     ids = stream_ids(
         model,
         inputs,
@@ -132,18 +132,18 @@ def test_each_of_two_end_ids_ends_a_row_and_no_id_leaves_the_vocabulary(do_sampl
         assert not any(int(i) in (5, 6) for i in ids[row, :step])
 
 
-def test_without_a_usable_pad_id_an_end_id_or_0_pads() -> None:
+def test_without_a_usable_pad_id_an_end_id_or_0_pads_a_row() -> None:
     for pad, expected in ((None, 6), (-1, 0), (9999, 0)):
         model = tiny_llama(eos_token_id=[6, 5], pad_token_id=None)
         config = GenerationConfig(
             eos_token_id=[6, 5], pad_token_id=pad, max_new_tokens=6, do_sample=False
         )
-        force = LogitsProcessorList([Force({0: {0: 5}, 4: {1: 6}}, prompt_length=4)])
+        force = LogitsProcessorList([ForceIds({0: {0: 5}, 4: {1: 6}}, prompt_length=4)])
         ids = stream_ids(model, prompts(4, 4), generation_config=config, logits_processor=force)
         assert ids[0].tolist() == [5, *[expected] * 4]
 
 
-def test_return_sequences_are_drawn_apart_and_each_as_if_alone() -> None:
+def test_return_sequences_differ_and_each_is_drawn_as_if_alone() -> None:
     model = tiny_llama()
     options = {"do_sample": True, "max_new_tokens": 16, "top_k": 0, "temperature": 1.5}
     together = stream_ids(model, prompts(6), num_return_sequences=3, seed=10, **options)
@@ -154,7 +154,7 @@ def test_return_sequences_are_drawn_apart_and_each_as_if_alone() -> None:
         assert alone[0].equal(together[row])
 
 
-def test_sampling_respects_the_processors_and_torchs_seed() -> None:
+def test_a_sampled_stream_follows_the_processors_and_torchs_seed() -> None:
     model = tiny_llama()
     options = {"do_sample": True, "max_new_tokens": 30}
     greedy = stream_ids(model, prompts(6), do_sample=False, max_new_tokens=30)
@@ -179,7 +179,7 @@ def test_any_stopping_criterion_ends_the_stream() -> None:
     assert stream_ids(model, prompts(4), max_length=7).shape == (1, 3)
 
 
-def test_a_cache_that_is_passed_in_is_continued() -> None:
+def test_the_loop_continues_a_cache_that_is_passed_in() -> None:
     model, inputs = tiny_llama(), prompts(9)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_a_cache_that_is_passed_in_is_continued() -> None:
     assert stream_ids(model, inputs, **options).equal(expected)
 
 
-def test_each_id_leaves_before_the_next_one_is_computed() -> None:
+def test_the_loop_yields_each_id_before_it_computes_the_next() -> None:
     model = tiny_llama()
     forwards = counting(model)
     steps = model.generate(**prompts(5), custom_generate=stream_sample, max_new_tokens=4)
@@ -199,7 +199,7 @@ def test_each_id_leaves_before_the_next_one_is_computed() -> None:
     assert forwards() == 4
 
 
-def test_inference_mode_holds_inside_the_generator_in_any_thread_and_only_there() -> None:
+def test_inference_mode_is_on_inside_the_loop_and_off_for_its_readers() -> None:
     seen: list[bool] = []
 
     def spy(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -222,7 +222,7 @@ def test_inference_mode_holds_inside_the_generator_in_any_thread_and_only_there(
     assert outside == [False] * 3
 
 
-def test_two_streams_interleaved_step_by_step_do_not_disturb_each_other() -> None:
+def test_two_interleaved_streams_do_not_affect_each_other() -> None:
     model = tiny_llama()
     options = {"custom_generate": stream_sample, "do_sample": False, "max_new_tokens": 20}
     expected = [stream_ids(model, prompts(n), do_sample=False, max_new_tokens=20) for n in (3, 11)]
@@ -256,7 +256,7 @@ def test_nan_logits_end_the_stream_with_an_error() -> None:
         ({"prompt_lookup_num_tokens": 3}, "assisted_generation"),
     ],
 )
-def test_options_that_give_no_stream_of_ids_are_refused_at_once(options: Any, named: str) -> None:
+def test_the_loop_rejects_options_that_it_cannot_stream(options: Any, named: str) -> None:
     with pytest.raises(InvalidRequest) as error:
         tiny_llama().generate(
             **prompts(5), custom_generate=stream_sample, max_new_tokens=5, **options
@@ -264,7 +264,7 @@ def test_options_that_give_no_stream_of_ids_are_refused_at_once(options: Any, na
     assert named in (str(error.value), error.value.param) or named in str(error.value)
 
 
-def test_an_encoder_decoder_model_is_refused() -> None:
+def test_the_loop_rejects_an_encoder_decoder_model() -> None:
     config = T5Config(
         vocab_size=64,
         d_model=16,

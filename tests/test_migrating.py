@@ -1,4 +1,4 @@
-"""What docs/migrating.md tells people to type works as it stands."""
+"""The examples in docs/migrating.md work unchanged."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def service(demo: Checkpoint) -> Iterator[RunningService]:
 
 
 @pytest.mark.parametrize(("language", "code"), [block for block in BLOCKS if block[1] != WEB])
-def test_an_example_works_as_it_stands(service: RunningService, language: str, code: str) -> None:
+def test_a_migration_example_works(service: RunningService, language: str, code: str) -> None:
     run_example(service, language, code)
 
 
@@ -42,7 +42,7 @@ def test_the_web_example_of_transformers_stream_generator_serves_its_client() ->
         port = probe.getsockname()[1]
     command = [sys.executable, "-c", WEB.replace("port=8000", f"port={port}")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    data = {  # as its client has it
+    data = {  # the body in its client
         "prompt": "hello? How can I help you?\n",
         "parameters": {
             "max_tokens": 20,
@@ -54,7 +54,7 @@ def test_the_web_example_of_transformers_stream_generator_serves_its_client() ->
             "seed": 0,
         },
     }
-    session = requests.Session()  # which waits until it listens
+    session = requests.Session()  # retries until the example listens
     session.mount(
         "http://", HTTPAdapter(max_retries=Retry(total=300, backoff_factor=0.1, backoff_max=0.2))
     )

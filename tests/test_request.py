@@ -1,4 +1,4 @@
-"""One place decides how a request ends."""
+"""`Request` decides how a reply ends."""
 
 from typing import Any
 
@@ -11,51 +11,51 @@ from stream_generator.sampling_params import SamplingParams
 CHECKPOINT = fake_checkpoint(says(""), context_length=100)
 
 
-def request(prompt: int = 10, **params: Any) -> Request:
+def new_request(prompt: int = 10, **params: Any) -> Request:
     return CHECKPOINT.new_request([1] * prompt, SamplingParams(**params), request_id="x")
 
 
-def take_all(seq: Request, data: bytes) -> list[str]:
-    return [seq.append(Choice(i)).delta for i in data]
+def append_all(request: Request, data: bytes) -> list[str]:
+    return [request.append(Choice(i)).delta for i in data]
 
 
-def test_an_end_id_ends_it_and_is_neither_shown_nor_counted() -> None:
-    seq = request()
-    assert take_all(seq, b"hi") == ["h", "i"]
-    last = seq.append(Choice(END))
+def test_an_end_id_finishes_a_request_and_is_neither_shown_nor_counted() -> None:
+    request = new_request()
+    assert append_all(request, b"hi") == ["h", "i"]
+    last = request.append(Choice(END))
     assert (last.delta, last.choice, last.finish_reason) == ("", None, FinishReason.STOP)
-    assert (seq.text, len(seq.output_ids)) == ("hi", 2)
+    assert (request.text, len(request.output_ids)) == ("hi", 2)
 
 
-def test_what_was_held_back_comes_with_the_end_whatever_the_end() -> None:
-    seq = request(stop="abc")
-    assert take_all(seq, b"xab") == ["x", "", ""]
-    assert seq.append(Choice(END)).delta == "ab"
-    seq = request(stop="abc", max_new_tokens=3)
-    assert take_all(seq, b"xab")[-1] == "ab"
-    assert seq.finish_reason is FinishReason.LENGTH
-    seq = request()
-    take_all(seq, b"x\xe4\xbd")
-    assert seq.abort().delta == "", "nobody reads it"
-    assert seq.text == "x"
+def test_held_back_text_comes_with_the_last_output_except_after_an_abort() -> None:
+    request = new_request(stop="abc")
+    assert append_all(request, b"xab") == ["x", "", ""]
+    assert request.append(Choice(END)).delta == "ab"
+    request = new_request(stop="abc", max_new_tokens=3)
+    assert append_all(request, b"xab")[-1] == "ab"
+    assert request.finish_reason is FinishReason.LENGTH
+    request = new_request()
+    append_all(request, b"x\xe4\xbd")
+    assert request.abort().delta == "", "the client has left"
+    assert request.text == "x"
 
 
-def test_a_stop_string_completed_by_the_last_bytes_wins_over_the_length() -> None:
-    seq = request(stop="\ufffd", max_new_tokens=2)
-    take_all(seq, b"x\xe4")
-    assert seq.finish_reason is FinishReason.STOP
-    assert seq.text == "x"
+def test_a_stop_string_in_the_last_bytes_takes_precedence_over_the_length() -> None:
+    request = new_request(stop="\ufffd", max_new_tokens=2)
+    append_all(request, b"x\xe4")
+    assert request.finish_reason is FinishReason.STOP
+    assert request.text == "x"
 
 
-def test_the_end_of_the_context_ends_it_with_length() -> None:
-    seq = request(prompt=97, max_new_tokens=50)
-    take_all(seq, b"abc")
-    assert seq.finish_reason is FinishReason.LENGTH
+def test_a_full_context_finishes_a_request_with_length() -> None:
+    request = new_request(prompt=97, max_new_tokens=50)
+    append_all(request, b"abc")
+    assert request.finish_reason is FinishReason.LENGTH
 
 
-def test_a_failure_keeps_the_text_and_the_cause() -> None:
-    seq = request()
-    take_all(seq, b"ab")
-    because = GenerationFailed("because")
-    assert seq.fail(because).finish_reason is FinishReason.ERROR
-    assert (seq.text, seq.error) == ("ab", because)
+def test_a_failed_request_keeps_its_text_and_the_cause() -> None:
+    request = new_request()
+    append_all(request, b"ab")
+    cause = GenerationFailed("because")
+    assert request.fail(cause).finish_reason is FinishReason.ERROR
+    assert (request.text, request.error) == ("ab", cause)

@@ -1,4 +1,4 @@
-"""Bounds, contradictions, and how gaps are filled."""
+"""`SamplingParams`: bounds, contradictions, and how defaults fill its gaps."""
 
 import math
 from typing import Any
@@ -8,15 +8,15 @@ from pydantic import ValidationError
 
 from stream_generator.sampling_params import SamplingParams
 
-NONE = SamplingParams()
+EMPTY = SamplingParams()
 
 
-def resolved(defaults: SamplingParams = NONE, **given: Any) -> dict[str, Any]:
+def resolved(defaults: SamplingParams = EMPTY, **given: Any) -> dict[str, Any]:
     params = SamplingParams(**given).resolved(defaults, room=5000, seed=77)
     return params.model_dump(exclude_none=True)
 
 
-def test_where_nobody_names_anything_the_projects_defaults_hold() -> None:
+def test_the_projects_defaults_fill_all_missing_parameters() -> None:
     assert resolved() == {
         "do_sample": True,
         "temperature": 0.6,
@@ -26,7 +26,7 @@ def test_where_nobody_names_anything_the_projects_defaults_hold() -> None:
     }
 
 
-def test_the_checkpoints_defaults_come_before_the_projects_and_the_requests_before_both() -> None:
+def test_a_checkpoints_defaults_override_the_projects_and_a_request_overrides_both() -> None:
     defaults = SamplingParams(temperature=0.3, top_k=20, repetition_penalty=1.05)
     assert resolved(defaults, top_k=5) == {
         "do_sample": True,
@@ -40,7 +40,7 @@ def test_the_checkpoints_defaults_come_before_the_projects_and_the_requests_befo
 
 
 @pytest.mark.parametrize("given", [{"temperature": 0}, {"do_sample": False}])
-def test_greedy_names_no_parameter_of_the_draw(given: dict[str, Any]) -> None:
+def test_greedy_requests_have_no_sampling_parameters(given: dict[str, Any]) -> None:
     defaults = SamplingParams(temperature=0.3, top_k=20)
     assert resolved(defaults, **given) == {"do_sample": False, "max_new_tokens": 1024}
 
@@ -52,8 +52,8 @@ def test_a_request_may_sample_from_a_checkpoint_that_is_greedy_by_default() -> N
         assert resolved(greedy, do_sample=True)["temperature"] == 0.6
 
 
-def test_lengths_are_cut_to_the_room_that_is_left() -> None:
-    params = SamplingParams(max_new_tokens=100, min_new_tokens=50).resolved(NONE, room=30, seed=0)
+def test_token_limits_are_lowered_to_the_room_in_the_context() -> None:
+    params = SamplingParams(max_new_tokens=100, min_new_tokens=50).resolved(EMPTY, room=30, seed=0)
     assert (params.max_new_tokens, params.min_new_tokens) == (30, 30)
 
 
@@ -75,16 +75,16 @@ def test_lengths_are_cut_to_the_room_that_is_left() -> None:
         {"min_new_tokens": 5, "max_new_tokens": 4},
     ],
 )  # fmt: skip
-def test_what_is_out_of_bounds_or_contradicts_itself_is_refused(given: dict[str, Any]) -> None:
+def test_sampling_params_reject_bad_values_and_contradictions(given: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SamplingParams(**given)
 
 
-def test_openais_forms_are_taken() -> None:
+def test_sampling_params_accept_openais_forms() -> None:
     params = SamplingParams(stop="END", logit_bias={"12": -100, "7": 1.5}, temperature=1)
     assert params.stop == ("END",)
     assert params.logit_bias == {12: -100, 7: 1.5}
 
 
-def test_a_least_length_beyond_the_default_raises_the_limit() -> None:
+def test_min_new_tokens_above_the_default_limit_raises_the_limit() -> None:
     assert resolved(min_new_tokens=3000)["max_new_tokens"] == 3000

@@ -1,4 +1,4 @@
-"""The packages, what each may import, the sizes of their parts, and what the documents say."""
+"""What each package may import, the sizes of the code, and the state of the documents."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ def modules() -> list[Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """The modules that a file imports, wherever in it."""
+    """The modules that a file imports, also inside of functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -52,19 +52,19 @@ FORBIDDEN = {
 
 
 @pytest.mark.parametrize("package", FORBIDDEN)
-def test_a_package_imports_nothing_that_it_must_not_know(package: str) -> None:
+def test_a_package_imports_no_module_that_is_forbidden_to_it(package: str) -> None:
     files = list((ROOT / package).rglob("*.py"))
     assert files
     for path in files:
         found = {
             name
             for name in imported(path)
-            if any(name == known or name.startswith(f"{known}.") for known in FORBIDDEN[package])
+            if any(name == other or name.startswith(f"{other}.") for other in FORBIDDEN[package])
         }
         assert not found, f"{path.name} imports {found}"
 
 
-def test_the_package_exports_what_programs_need_and_imports_it_when_it_is_used() -> None:
+def test_the_package_exports_five_names_and_imports_torch_only_when_one_is_used() -> None:
     names = ["Engine", "SamplingParams", "init_stream_support", "load_checkpoint"]
     assert stream_generator.__all__ == [*names, "stream_generate"]
     for name in stream_generator.__all__:
@@ -73,7 +73,7 @@ def test_the_package_exports_what_programs_need_and_imports_it_when_it_is_used()
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-def test_old_paths_stay_for_one_release() -> None:
+def test_stream_generator_checkpoint_is_the_only_old_import_path() -> None:
     shims = [path for path in modules() if path.read_text().startswith('"""An old path')]
     assert [path.relative_to(ROOT).as_posix() for path in shims] == [
         "stream_generator/checkpoint.py"
@@ -87,11 +87,11 @@ def test_imports_go_one_way() -> None:
     done: set[str] = set()
     while ready := [name for name in uses if name not in done and uses[name] <= done]:
         done.update(ready)
-    assert done == files.keys(), f"a circle among {files.keys() - done}"
+    assert done == files.keys(), f"circular imports among {files.keys() - done}"
 
 
-def test_onnx_runtime_is_imported_in_one_place() -> None:
-    """What runs without a graph works where it is not installed."""
+def test_only_graph_session_imports_onnx_runtime() -> None:
+    """Without ONNX Runtime, the code for models without a graph can still be imported."""
     users = [path.name for path in modules() if "onnxruntime" in imported(path)]
     assert users == ["graph_session.py"]
     program = (
@@ -101,20 +101,20 @@ def test_onnx_runtime_is_imported_in_one_place() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
-LONG_FUNCTIONS = {"load_checkpoint"}  # their steps are numbered
-MOST_CLASS_LINES, MOST_FUNCTION_LINES = 250, 60
+LONG_FUNCTIONS = {"load_checkpoint"}  # allowed, because their steps are numbered
+MAX_CLASS_LINES, MAX_FUNCTION_LINES = 250, 60
 
 
 def test_classes_and_functions_are_short() -> None:
-    long_ones = set()
+    too_long = set()
     for path in [*modules(), *ROOT.glob("*.py"), *ROOT.glob("benchmarks/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 is_class = isinstance(node, ast.ClassDef)
-                if lines > (MOST_CLASS_LINES if is_class else MOST_FUNCTION_LINES):
-                    long_ones.add(node.name)
-    assert long_ones == LONG_FUNCTIONS
+                if lines > (MAX_CLASS_LINES if is_class else MAX_FUNCTION_LINES):
+                    too_long.add(node.name)
+    assert too_long == LONG_FUNCTIONS
 
 
 CORE = (
@@ -123,7 +123,7 @@ CORE = (
 )  # fmt: skip
 
 
-def test_the_core_is_read_in_an_evening() -> None:
+def test_the_core_files_have_under_1500_lines_together() -> None:
     text = "".join((ROOT / "stream_generator" / f"{name}.py").read_text() for name in CORE)
     assert sum(1 for line in text.splitlines() if line.strip()) < 1500
 
@@ -139,7 +139,7 @@ def test_no_private_method_of_transformers_is_called() -> None:
         assert not pattern.findall(path.read_text()), path.name
 
 
-def test_the_architecture_names_every_file() -> None:
+def test_the_architecture_document_names_every_file() -> None:
     architecture = (ROOT / "docs" / "architecture.md").read_text()
     for path in [*modules(), *ROOT.glob("*.py")]:
         if path.name != "__init__.py":
@@ -147,7 +147,7 @@ def test_the_architecture_names_every_file() -> None:
             assert f"`{name}`" in architecture, path
 
 
-def test_both_readmes_have_the_same_commands_and_the_same_shape() -> None:
+def test_both_readmes_have_the_same_code_blocks_and_heading_levels() -> None:
     texts = [(ROOT / name).read_text() for name in READMES]
     blocks = [re.findall(r"```(?:bash|python|json)\n(.*?)```", text, re.S) for text in texts]
     assert blocks[0] == blocks[1]
@@ -155,7 +155,7 @@ def test_both_readmes_have_the_same_commands_and_the_same_shape() -> None:
     assert headings[0] == headings[1]
 
 
-def test_links_between_the_documents_lead_somewhere() -> None:
+def test_links_in_the_documents_lead_to_existing_files() -> None:
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
@@ -164,7 +164,7 @@ def test_links_between_the_documents_lead_somewhere() -> None:
 TESTS = ROOT / "tests"
 PATCHES = {"setattr", "delattr", "getattr"}
 ALLOWED = {
-    "test_page.py": {"_queue"},  # of Gradio's demo
+    "test_page.py": {"_queue"},  # an attribute of Gradio; our packages use the same name
 }
 
 
@@ -184,7 +184,7 @@ def defined_privates() -> set[str]:
 def privates_read(source: str, defined: set[str]) -> set[str]:
     """The private names of our packages that a test file reads, imports or patches.
 
-    `self._x` and `super()._x` are a test's own; names that our packages do not define are others'.
+    `self._x` and `super()._x` belong to a test's own class. Other libraries' names do not count.
     """
     found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
@@ -212,7 +212,7 @@ def test_no_test_reads_a_private_name_of_our_packages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "is_refused"),
+    ("source", "is_found"),
     [
         ("engine._batch.waiting", True),
         ("stream.close()._batch", True),
@@ -226,15 +226,15 @@ def test_no_test_reads_a_private_name_of_our_packages() -> None:
     ],
 )
 def test_the_check_for_private_names_finds_each_way_to_read_one(
-    source: str, is_refused: bool
+    source: str, is_found: bool
 ) -> None:
-    assert bool(privates_read(source, {"_batch"})) == is_refused
+    assert bool(privates_read(source, {"_batch"})) == is_found
 
 
 def test_no_test_file_is_over_400_lines() -> None:
-    long = {
+    too_long = {
         path.name: length
         for path in TESTS.rglob("*.py")
         if (length := len(path.read_text().splitlines())) > 400
     }
-    assert not long, f"split by subject: {long}"
+    assert not too_long, f"split by subject: {too_long}"

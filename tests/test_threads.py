@@ -1,4 +1,4 @@
-"""How many threads compute: what the process may use, and what is asked for."""
+"""The number of computing threads: from the flag, the environment or the usable cores."""
 
 import os
 import subprocess
@@ -21,18 +21,18 @@ def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         topology.mkdir(parents=True)
         (topology / "thread_siblings_list").write_text(f"{number % 4},{number % 4 + 4}\n")
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
-    may_use(monkeypatch, *range(8))
+    allow_processors(monkeypatch, *range(8))
     return tmp_path
 
 
-def may_use(monkeypatch: pytest.MonkeyPatch, *processors: int) -> None:
+def allow_processors(monkeypatch: pytest.MonkeyPatch, *processors: int) -> None:
     monkeypatch.setattr(
         psutil.Process, "cpu_affinity", lambda self: list(processors), raising=False
     )
 
 
-def group(system: Path, line: str, **files: str) -> None:
-    """A control group of this process, with what its files say."""
+def add_control_group(system: Path, line: str, **files: str) -> None:
+    """Put this process into a control group with these files."""
     (system / "proc/self").mkdir(parents=True, exist_ok=True)
     with (system / "proc/self/cgroup").open("a") as groups:
         groups.write(f"{line}\n")
@@ -44,9 +44,9 @@ def group(system: Path, line: str, **files: str) -> None:
 
 def test_hyperthreads_of_one_core_count_once(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert usable_cores(system) == 4
-    may_use(monkeypatch, 0, 4)
+    allow_processors(monkeypatch, 0, 4)
     assert usable_cores(system) == 1
-    may_use(monkeypatch, 0, 1, 4)
+    allow_processors(monkeypatch, 0, 1, 4)
     assert usable_cores(system) == 2
 
 
@@ -54,13 +54,15 @@ def test_hyperthreads_of_one_core_count_once(system: Path, monkeypatch: pytest.M
     ("limit", "cores"),
     [("max 100000", 4), ("200000 100000", 2), ("350000 100000", 3), ("50000 100000", 1)],
 )
-def test_a_control_groups_limit_holds(limit: str, cores: int, system: Path) -> None:
-    group(system, "0::/", cpu_dot_max=limit)
+def test_a_control_groups_limit_lowers_the_usable_cores(
+    limit: str, cores: int, system: Path
+) -> None:
+    add_control_group(system, "0::/", cpu_dot_max=limit)
     assert usable_cores(system) == cores
 
 
-def test_the_narrowest_of_nested_groups_holds(system: Path) -> None:
-    group(
+def test_the_lowest_limit_of_nested_control_groups_counts(system: Path) -> None:
+    add_control_group(
         system,
         "0::/slice/service",
         slice__cpu_dot_max="200000 100000",
@@ -70,21 +72,21 @@ def test_the_narrowest_of_nested_groups_holds(system: Path) -> None:
 
 
 @pytest.mark.parametrize("mount", ["cpu", "cpu,cpuacct"])
-def test_a_limit_of_version_1_holds_also_where_the_path_is_the_hosts(
+def test_a_version_1_control_groups_limit_counts_even_if_its_path_is_the_hosts(
     mount: str, system: Path
 ) -> None:
     limits = {"cpu_dot_cfs_quota_us": "100000", "cpu_dot_cfs_period_us": "50000"}
     files = {f"{mount}__{name}": text for name, text in limits.items()}
-    group(system, "4:cpu,cpuacct:/docker/1234", **files)
-    group(system, "2:memory:/docker/1234")
+    add_control_group(system, "4:cpu,cpuacct:/docker/1234", **files)
+    add_control_group(system, "2:memory:/docker/1234")
     assert usable_cores(system) == 2
 
 
-def test_where_nothing_is_told_the_physical_cores_count(
+def test_without_other_information_the_physical_cores_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 8 if logical else 4)
-    may_use(monkeypatch, *range(8))
+    allow_processors(monkeypatch, *range(8))
     assert usable_cores(tmp_path) == 4
     monkeypatch.delattr(psutil.Process, "cpu_affinity")  # as on macOS
     assert usable_cores(tmp_path) == 4
@@ -92,7 +94,7 @@ def test_where_nothing_is_told_the_physical_cores_count(
     assert usable_cores(tmp_path) == 1
 
 
-def test_the_flag_comes_first_then_the_environment_then_the_cores(
+def test_the_threads_flag_overrides_the_environment_which_overrides_the_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -104,7 +106,7 @@ def test_the_flag_comes_first_then_the_environment_then_the_cores(
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_torch_computes_on_as_many_threads(threads: int) -> None:
+def test_torch_computes_on_the_number_of_threads_that_was_set(threads: int) -> None:
     program = (
         "from stream_generator.threads import settle_threads\n"
         f"settle_threads({threads})\n"
@@ -117,9 +119,7 @@ def test_torch_computes_on_as_many_threads(threads: int) -> None:
     assert int(done.stdout) == threads
 
 
-def test_how_threads_wait_is_left_to_an_environment_that_says_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_environment_may_decide_how_threads_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")

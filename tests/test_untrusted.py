@@ -1,4 +1,4 @@
-"""Checkpoints made to do harm, or cut off on their way: each is refused in words, none is run."""
+"""Harmful or truncated checkpoints: each is rejected with a clear message, and none runs code."""
 
 import json
 import struct
@@ -29,7 +29,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A sound checkpoint in Hugging Face format, to be harmed."""
+    """A valid checkpoint in Hugging Face format, which a test then damages."""
     folder = tmp_path / "model"
     tiny_llama(vocab_size=258).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -50,7 +50,7 @@ def text(name: str, content: str) -> Harm:
 
 
 def weights(change: Callable[[dict[str, Any], bytes], tuple[dict[str, Any], bytes]]) -> Harm:
-    """Rewrite the header of model.safetensors, or the data behind it."""
+    """Rewrite the header of model.safetensors, or the data after it."""
 
     def harm(folder: Path) -> None:
         file = folder / "model.safetensors"
@@ -75,7 +75,7 @@ NORM = "model.norm.weight"
 
 
 def lies(**fields: Any) -> Harm:
-    """Of one tensor in the header."""
+    """Change fields of one tensor in the header."""
     return weights(lambda header, rest: (header | {NORM: header[NORM] | fields}, rest))
 
 
@@ -165,14 +165,14 @@ HARMS: dict[str, tuple[Harm, str]] = {
 
 
 @pytest.mark.parametrize("name", HARMS)
-def test_a_harmful_checkpoint_is_refused_with_what_is_wrong(model: Path, name: str) -> None:
+def test_a_harmful_checkpoint_is_rejected_with_the_reason(model: Path, name: str) -> None:
     harm, words = HARMS[name]
     harm(model)
     with pytest.raises(CheckpointError, match=words):
         load_checkpoint(str(model))
 
 
-def test_pickled_weights_are_read_on_request_and_code_in_them_is_not_run(
+def test_pickled_weights_are_read_on_request_and_their_code_never_runs(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -184,22 +184,22 @@ def test_pickled_weights_are_read_on_request_and_code_in_them_is_not_run(
     assert not (tmp_path / "exploited").exists()
 
 
-def test_an_ordinary_template_runs_a_small_part_of_what_is_allowed() -> None:
+def test_ordinary_chat_templates_pass_the_check() -> None:
     ChatFormat(byte_tokenizer()).check_template()
     refusing = "{{ raise_exception('no system message') }}"
     ChatFormat(byte_tokenizer(chat_template=refusing)).check_template()
     ChatFormat(byte_tokenizer(chat_template=None)).check_template()
 
 
-def test_a_template_that_calls_itself_refuses_every_chat(model: Path) -> None:
+def test_every_chat_with_a_recursive_template_is_rejected(model: Path) -> None:
     text("chat_template.jinja", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}")(model)
     chat = load_checkpoint(str(model)).chat
     with pytest.raises(InvalidRequest, match="template rejects"):
         chat.encode([{"role": "user", "content": "hi"}])
 
 
-def test_a_sound_template_may_be_large() -> None:
-    """Such as those that describe tools: what is compiled is not run."""
+def test_a_valid_chat_template_may_be_large() -> None:
+    """Templates that describe tools are large, but a chat runs only a small part of them."""
     branches = "".join(
         f"{{% if messages[0]['content'] == '{n}' %}}{{{{ 'tool {n}' }}}}{{% endif %}}\n"
         for n in range(800)
@@ -240,7 +240,7 @@ GGUF_HARMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "with tensors without end": (lambda d: put(d, 8, 2**60), "past its end"),
     "with values without end": (lambda d: put(d, 16, 2**60), "past its end"),
     "with a key without end": (lambda d: put(d, 24, 2**63), "past its end"),
-    # behind an array's name: its type, the type of what is in it, and how many
+    # after an array's name: its type, the type of its items, and their number
     "with words without end": (
         lambda d: put(d, after(d, b"tokenizer.ggml.tokens") + 8, 2**50), "past its end",
     ),
@@ -251,7 +251,7 @@ GGUF_HARMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         lambda d: put(d, after(d, b"numbers") + 4, 9, "<I"), "arrays of arrays",
     ),
     "with a type that there is not": (lambda d: put(d, after(d, b"numbers"), 99, "<I"), "99"),
-    # behind a tensor's name: dimensions, each one's length, the type, the place
+    # after a tensor's name: the number of dimensions, each length, the type, the offset
     "with a tensor of many dimensions": (
         lambda d: put(d, after(d, b"two"), 2**31, "<I"), "dimensions",
     ),
@@ -266,7 +266,7 @@ GGUF_HARMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", GGUF_HARMS)
-def test_a_gguf_that_lies_is_refused_before_it_is_read(
+def test_a_gguf_with_a_false_header_is_rejected_before_its_data_is_read(
     gguf: bytes, name: str, tmp_path: Path
 ) -> None:
     harm, words = GGUF_HARMS[name]
@@ -280,7 +280,7 @@ def test_a_gguf_that_lies_is_refused_before_it_is_read(
 
 @settings(deadline=None, max_examples=300)
 @given(data=st.data())
-def test_no_damage_to_a_header_gets_further_than_a_word_of_it(
+def test_a_damaged_gguf_header_gives_an_error_or_plausible_sizes(
     gguf: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     end = after(gguf, b"two") + 32
@@ -290,18 +290,18 @@ def test_no_damage_to_a_header_gets_further_than_a_word_of_it(
     file = tmp_path_factory.getbasetemp() / "damaged.gguf"
     file.write_bytes(bytes(damaged))
     try:
-        assert 0 < checked_parameters(file) <= 2 * 8 * len(gguf), "two tensors of single bits"
+        assert 0 < checked_parameters(file) <= 2 * 8 * len(gguf), "two tensors, one bit per weight"
     except ValueError as error:
         assert str(error)
 
 
-def test_one_part_of_several_is_told_apart(gguf: bytes, tmp_path: Path) -> None:
+def test_one_part_of_a_split_gguf_is_rejected(gguf: bytes, tmp_path: Path) -> None:
     (tmp_path / "model-00001-of-00003.gguf").write_bytes(gguf)
     with pytest.raises(CheckpointError, match="one part of several"):
         load_checkpoint(str(tmp_path / "model-00001-of-00003.gguf"))
 
 
-def test_a_gguf_too_large_for_the_memory_is_refused_with_the_numbers(
+def test_a_gguf_larger_than_the_free_memory_is_rejected_with_both_sizes(
     gguf: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.gguf").write_bytes(gguf)

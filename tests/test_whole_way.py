@@ -1,4 +1,4 @@
-"""As a user has it: the command, the demo model, curl, the page, Ctrl-C."""
+"""The project as a user runs it: the command, the demo model, curl, the page, Ctrl-C."""
 
 import json
 import os
@@ -25,7 +25,7 @@ RAINBOW = "Explain how a rainbow forms."
 
 
 class Command:
-    """`python llama3_service.py ...`, its output line by line."""
+    """A process of `python llama3_service.py ...`, whose output is read line by line."""
 
     def __init__(self, *arguments: str):
         self.process = subprocess.Popen(
@@ -46,8 +46,8 @@ class Command:
                 return found.group()
         raise AssertionError(f"no {pattern!r} in:\n{self.seen}")
 
-    def end(self, how: signal.Signals) -> int:
-        self.process.send_signal(how)
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
         output, _ = self.process.communicate(timeout=TIMEOUT)
         self.seen += output
         return self.process.returncode
@@ -63,17 +63,17 @@ def command() -> Iterator[type[Command]]:
             started.append(self)
 
     yield Started
-    for one in started:
-        for _ in range(2):  # the second ends it at once, with its page
-            if one.process.poll() is None:
-                one.process.terminate()
-        one.process.communicate(timeout=TIMEOUT)
+    for service in started:
+        for _ in range(2):  # the second signal ends service and page at once
+            if service.process.poll() is None:
+                service.process.terminate()
+        service.process.communicate(timeout=TIMEOUT)
 
 
-def test_service_and_page_come_up_stream_by_curl_and_end_together(
+def test_the_service_and_its_page_start_serve_and_end_together(
     demo: Checkpoint, command: type[Command], proxy_that_is_away: None
 ) -> None:
-    """Also where the environment names a proxy that cannot be reached."""
+    """An unreachable proxy in the environment must not matter."""
     page_port = free_port()
     service = command("-P", "0", "--app", "--app-port", str(page_port))
     address = service.read_until(r"http://[\d.]+:\d+")
@@ -85,7 +85,7 @@ def test_service_and_page_come_up_stream_by_curl_and_end_together(
         assert curl.stdout is not None
         pieces = list(iter(lambda: os.read(curl.stdout.fileno(), 4096), b""))
     assert curl.returncode == 0
-    assert len(pieces) > 5, "words come one after another"
+    assert len(pieces) > 5, "the reply must come in pieces"
     assert len(b"".join(pieces).decode().split()) > 5
 
     about = StreamClient(address).about()
@@ -96,7 +96,7 @@ def test_service_and_page_come_up_stream_by_curl_and_end_together(
 
     page = service.read_until(rf"http://[\d.]+:{page_port}")
     direct = requests.Session()
-    direct.trust_env = False  # past the proxy
+    direct.trust_env = False  # bypass the proxy
     assert demo.name in shown_when_opened(page, direct)
     assert service.end(signal.SIGINT) == 0
     assert "Traceback" not in service.seen
@@ -121,7 +121,7 @@ def shown_when_opened(page: str, session: requests.Session) -> str:
     return shown
 
 
-def test_a_page_that_cannot_start_ends_the_command_with_1(
+def test_a_page_that_cannot_start_ends_the_service_with_status_1(
     demo: Checkpoint, command: type[Command], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAMA3_APP_AUTH", "a name alone")
@@ -131,13 +131,13 @@ def test_a_page_that_cannot_start_ends_the_command_with_1(
     assert service.process.wait(TIMEOUT) == 1
 
 
-def test_a_page_ends_when_its_service_was_killed(demo: Checkpoint, command: type[Command]) -> None:
+def test_a_page_ends_when_its_service_is_killed(demo: Checkpoint, command: type[Command]) -> None:
     page_port = free_port()
     service = command("-P", "0", "--app", "--app-port", str(page_port))
     page = service.read_until(rf"http://[\d.]+:{page_port}")
     assert requests.get(page, timeout=TIMEOUT).ok
     service.process.kill()
-    service.process.communicate(timeout=TIMEOUT)  # until the page, too, has closed its output
+    service.process.communicate(timeout=TIMEOUT)  # returns when the page has ended, too
     with pytest.raises(requests.ConnectionError):
         requests.get(page, timeout=TIMEOUT)
 
@@ -147,7 +147,7 @@ def status(address: str, path: str) -> int:
 
 
 def begun_stream(address: str, tokens: int) -> Iterator[bytes]:
-    """The lines of a reply, of which one token has come."""
+    """Begin a stream, read its first token, and return the lines after it."""
     response = requests.post(
         f"{address}/stream",
         json={"query": RAINBOW, "min_new_tokens": tokens, "max_new_tokens": tokens},
@@ -161,23 +161,23 @@ def begun_stream(address: str, tokens: int) -> Iterator[bytes]:
     return lines
 
 
-def test_a_signal_lets_open_streams_finish_and_takes_nothing_new(
+def test_after_a_signal_open_streams_finish_and_new_requests_are_rejected(
     demo: Checkpoint, command: type[Command]
 ) -> None:
-    service = command("-P", "0", "--drain", "600")  # as long as this machine needs
+    service = command("-P", "0", "--drain", "600")  # seconds, enough for any machine
     address = service.read_until(r"http://[\d.]+:\d+")
     lines = begun_stream(address, 150)
     service.process.send_signal(signal.SIGTERM)
     wait_for(lambda: status(address, "ready") == 503)
-    refused = requests.post(f"{address}/stream", json={"query": "hi"}, timeout=TIMEOUT)
-    assert refused.status_code == 503
-    assert int(refused.headers["Retry-After"]) >= 1
+    rejected = requests.post(f"{address}/stream", json={"query": "hi"}, timeout=TIMEOUT)
+    assert rejected.status_code == 503
+    assert int(rejected.headers["Retry-After"]) >= 1
     end = json.loads(list(lines)[-1])
     assert (end["event"], end["usage"]["completion_tokens"]) == ("end", 150)
     assert service.process.wait(TIMEOUT) == 0
 
 
-def test_what_has_not_finished_in_time_ends_with_an_error_and_the_command_with_0(
+def test_a_stream_that_outlasts_the_drain_gets_an_error_and_the_service_ends_with_0(
     demo: Checkpoint, command: type[Command]
 ) -> None:
     service = command("-P", "0", "--drain", "0")
@@ -188,7 +188,7 @@ def test_what_has_not_finished_in_time_ends_with_an_error_and_the_command_with_0
     assert service.process.wait(TIMEOUT) == 0
 
 
-def test_a_second_signal_ends_it_at_once_with_its_page(
+def test_a_second_signal_ends_the_service_and_its_page_at_once(
     demo: Checkpoint, command: type[Command]
 ) -> None:
     page_port = free_port()
@@ -206,7 +206,7 @@ def test_a_second_signal_ends_it_at_once_with_its_page(
         requests.get(page, timeout=TIMEOUT)
 
 
-def test_while_the_model_loads_the_service_says_so(command: type[Command]) -> None:
+def test_the_service_is_not_ready_while_the_model_loads(command: type[Command]) -> None:
     port = free_port()
     service = command("-P", str(port))
     address = f"http://127.0.0.1:{port}"
@@ -218,14 +218,14 @@ def test_while_the_model_loads_the_service_says_so(command: type[Command]) -> No
             assert status(address, "health") == 200
         except requests.ConnectionError:
             assert service.process.poll() is None
-            assert not statuses, "once it listens, it answers"
+            assert not statuses, "the service stopped listening"
         return statuses[-1:] == [200]
 
     wait_for(is_ready)
     assert statuses[0] == 503
 
 
-def test_a_key_is_asked_for_and_the_page_has_it(
+def test_a_service_with_keys_requires_one_and_passes_it_to_its_page(
     demo: Checkpoint, command: type[Command], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     keys = tmp_path / "keys"
@@ -240,13 +240,13 @@ def test_a_key_is_asked_for_and_the_page_has_it(
     client = StreamClient(address, api_key="second-key")
     assert client.chat(RAINBOW, max_new_tokens=3)["usage"]["completion_tokens"] == 3
     page = service.read_until(rf"http://[\d.]+:{page_port}")
-    # With the key, it hears which model there is.
+    # Only a page with a key can show the model's name.
     assert demo.name in shown_when_opened(page, requests.Session())
     assert service.end(signal.SIGTERM) == 0
     assert "first-key" not in service.seen
 
 
-def test_mistakes_on_the_command_line_are_one_clear_sentence(command: type[Command]) -> None:
+def test_a_taken_port_and_a_missing_model_are_reported_clearly(command: type[Command]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         service = command("-P", str(port))
@@ -261,7 +261,7 @@ def test_mistakes_on_the_command_line_are_one_clear_sentence(command: type[Comma
     assert "Traceback" not in service.seen
 
 
-def test_what_is_streamed_is_what_is_given_at_once(demo: Checkpoint) -> None:
+def test_a_streamed_reply_equals_the_whole_reply(demo: Checkpoint) -> None:
     with running_service(demo) as service:
         client = StreamClient(service.url)
         params = {"max_new_tokens": 40, "seed": 3, "temperature": 1.0}
@@ -275,7 +275,7 @@ def test_what_is_streamed_is_what_is_given_at_once(demo: Checkpoint) -> None:
         assert "".join(again) != reply.text
 
 
-def test_a_conversation_goes_on_with_the_history_that_came_back(demo: Checkpoint) -> None:
+def test_a_conversation_continues_with_the_returned_history(demo: Checkpoint) -> None:
     with running_service(demo) as service:
 
         def ask(**body: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def service() -> Iterator[Process]:
 
 
 @pytest.fixture(scope="session")
-def address(service: Process) -> Iterator[Process]:
+def page_process(service: Process) -> Iterator[Process]:
     with started_page(service) as running:
         yield running
 
@@ -30,29 +30,29 @@ def chromium() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def visitor(chromium: Browser, address: Process) -> Iterator[Callable[..., Page]]:
-    """Visitors with a browser profile each. Whatever they do, nothing is loaded from elsewhere."""
+def visitor(chromium: Browser, page_process: Process) -> Iterator[Callable[..., Page]]:
+    """Open the page in a new browser profile. Fail after script errors and foreign requests."""
     contexts: list[BrowserContext] = []
-    elsewhere: list[str] = []
+    foreign_urls: list[str] = []
     errors: list[str] = []
 
-    def note(url: str) -> None:
-        if not url.startswith((address.url, "data:", "blob:")):
-            elsewhere.append(url)
+    def record(url: str) -> None:
+        if not url.startswith((page_process.url, "data:", "blob:")):
+            foreign_urls.append(url)
 
-    def come(turns: Any = None, profile: dict[str, Any] | None = None, **settings: Any) -> Page:
+    def load(turns: Any = None, profile: dict[str, Any] | None = None, **settings: Any) -> Page:
         options = {"viewport": {"width": 1280, "height": 800}, "locale": "en-US"}
         context = chromium.new_context(**(options | (profile or {})))
         context.set_default_timeout(TIMEOUT * 1000)
-        context.on("request", lambda request: note(request.url))
+        context.on("request", lambda request: record(request.url))
         contexts.append(context)
-        page = visit(context, address.url, turns, **(settings or SHORT))
+        page = visit(context, page_process.url, turns, **(settings or SHORT))
         page.on("pageerror", lambda error: errors.append(str(error)))
         return page
 
     expect.set_options(timeout=TIMEOUT * 1000)
-    yield come
+    yield load
     for context in contexts:
         context.close()
-    assert elsewhere == []
+    assert foreign_urls == []
     assert errors == []

@@ -1,4 +1,4 @@
-"""What the page shows: text, Markdown, languages, colours, small screens, and for all users."""
+"""The page's appearance: Markdown, languages, colours, small screens, accessibility."""
 
 import re
 from typing import Any
@@ -32,7 +32,7 @@ def test_markup_in_a_message_is_shown_as_text(visitor: Any) -> None:
     page = visitor(talk(nasty, question="<i>name</i> <img src=x>"))
     expect(answers(page)).to_contain_text("bold")
     made = "#chat .message-content :is(img, b, i, u, script, style, form, input, details, svg)"
-    # The fold of the line of figures is the page's own.
+    # The page's own line of figures contains such elements, too, so it is excluded.
     assert (
         page.locator(f"{made}:not(.meter *)").count()
         == page.locator("#chat .copy_code_button svg").count()
@@ -59,7 +59,7 @@ def test_markdown_code_and_formulas_are_rendered_and_can_be_copied(visitor: Any)
     assert page.evaluate("navigator.clipboard.readText()").strip() in CODE
 
 
-def test_thinking_is_folded(visitor: Any) -> None:
+def test_the_thinking_of_a_reply_is_folded(visitor: Any) -> None:
     page = visitor(talk("<think>\nhidden thoughts\n</think>\n\nThe answer."))
     expect(answers(page)).to_have_text("The answer.")
     expect(page.get_by_text("hidden thoughts")).to_be_hidden()
@@ -68,7 +68,7 @@ def test_thinking_is_folded(visitor: Any) -> None:
 
 
 @pytest.mark.parametrize("language", ["zh-CN", "zh-TW"])
-def test_the_page_speaks_the_browsers_language(visitor: Any, language: str) -> None:
+def test_the_page_uses_the_browsers_language(visitor: Any, language: str) -> None:
     page = visitor(profile={"locale": language})
     expect(page.get_by_role("button", name="新对话")).to_be_visible()
     assert page.locator("html").get_attribute("lang") == "zh"
@@ -80,7 +80,7 @@ def test_the_page_speaks_the_browsers_language(visitor: Any, language: str) -> N
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_follows_the_systems_light_or_dark(visitor: Any, scheme: str) -> None:
+def test_the_page_follows_the_systems_colour_scheme(visitor: Any, scheme: str) -> None:
     page = visitor(talk(), profile={"color_scheme": scheme})
     colours = "e => [getComputedStyle(e).color, getComputedStyle(document.body).backgroundColor]"
     text, ground = answers(page).locator("p").evaluate(colours)
@@ -89,7 +89,7 @@ def test_the_page_follows_the_systems_light_or_dark(visitor: Any, scheme: str) -
     assert brightness[1] < 0.2 < 0.7 < brightness[0] or scheme == "light"
 
 
-def test_the_page_fits_a_phone(visitor: Any) -> None:
+def test_the_page_fits_on_a_phones_screen(visitor: Any) -> None:
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
     page = visitor(talk(RICH), profile=phone, **SHORT)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -105,7 +105,7 @@ def test_the_page_fits_a_phone(visitor: Any) -> None:
     expect(page.locator(".conversation-list .open").first).not_to_be_in_viewport()
 
 
-def test_a_token_that_is_tapped_shows_its_alternatives(visitor: Any) -> None:
+def test_tapping_a_token_shows_its_alternatives(visitor: Any) -> None:
     phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
     page = visitor(profile=phone, **SHORT)
     page.get_by_role("button", name="Settings").tap()
@@ -119,7 +119,7 @@ def test_a_token_that_is_tapped_shows_its_alternatives(visitor: Any) -> None:
     expect(page.locator(".tokens .alternatives")).to_have_count(0)
 
 
-def test_every_control_is_reached_by_the_keyboard(visitor: Any) -> None:
+def test_the_keyboard_reaches_every_control(visitor: Any) -> None:
     page = visitor(**SHORT)
     page.locator("#box textarea").focus()
     with writing(page):
@@ -136,7 +136,7 @@ def test_every_control_is_reached_by_the_keyboard(visitor: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_serious_violation(visitor: Any, scheme: str) -> None:
+def test_axe_finds_no_serious_accessibility_violation(visitor: Any, scheme: str) -> None:
     turns = [*talk(RICH), *talk("cut", question="go on")]
     turns[-1] |= {"problem": "Cannot reach the service.", "figures": {"finish_reason": "length"}}
     page = visitor(turns, profile={"color_scheme": scheme, "reduced_motion": "reduce"})
@@ -144,13 +144,13 @@ def test_axe_finds_no_serious_violation(visitor: Any, scheme: str) -> None:
     page.get_by_role("checkbox", name="Token view").check()
     page.locator("#chat summary").first.click()
     expect(page.get_by_label("System prompt")).to_be_in_viewport()
-    found = serious(page)
+    found = serious_violations(page)
     page.locator("#chat").get_by_role("button", name="Edit").first.click()
     expect(page.locator(".edit-textarea")).to_be_visible()
-    assert found + serious(page) == []
+    assert found + serious_violations(page) == []
 
 
-def serious(page: Page) -> list[str]:
+def serious_violations(page: Page) -> list[str]:
     violations = Axe().run(page).response["violations"]
     return [
         f"{violation['id']}: {node['html'][:200]} {node['any'][:1]}"

@@ -29,7 +29,7 @@ pytestmark = IN_A_BROWSER
 
 
 def test_conversations_outlive_a_reload_and_a_restart_of_the_page(
-    visitor: Any, address: Process
+    visitor: Any, page_process: Process
 ) -> None:
     page = visitor(**SHORT)
     with writing(page):
@@ -41,12 +41,10 @@ def test_conversations_outlive_a_reload_and_a_restart_of_the_page(
     expect(page.locator("#chat .message-row")).to_have_count(0)
     with writing(page):
         send(page, "And cats?")
-        halt(page)  # nothing else limits it
-    expect(page.locator(".conversation-list .open")).to_have_text(
-        ["And cats?", "Tell me about rainbows."]
-    )
-    address.kill()
-    address.start()
+        halt(page)  # this reply has no token limit
+    expect(page.locator(".conversation-list .open")).to_have_text(["And cats?", "Tell me about rainbows."])
+    page_process.kill()
+    page_process.start()
     page.reload()
     expect(page.locator("#chat .user-row")).to_have_text(re.compile("And cats?"))
     page.locator(".conversation-list .open", has_text="rainbows").click()
@@ -82,7 +80,7 @@ def test_a_conversation_can_be_saved_to_a_file_and_loaded_from_it(
     expect(answers(other)).to_contain_text("wide.")
 
 
-def test_opening_another_conversation_ends_the_reply_in_this_one(
+def test_opening_another_conversation_ends_the_reply_of_the_first(
     visitor: Any, service: Process
 ) -> None:
     page = visitor(**LONG)
@@ -98,13 +96,13 @@ def test_opening_another_conversation_ends_the_reply_in_this_one(
         page.locator(".conversation-list .open", has_text=ASK).click()
         expect(page.locator("#chat .user-row")).to_have_text(re.compile(ASK))
         wait_for(lambda: figure(service, "llm_requests_waiting") == 0)
-        assert figure(service, "llm_requests_running") == 2, "the others have not ended"
+        assert figure(service, "llm_requests_running") == 2, "the two other requests still run"
     expect(page.locator(".conversation-list .open")).to_have_text(["Never mind.", ASK])
     expect(page.locator("#chat .user-row")).to_have_text(re.compile(ASK))
 
 
 def test_events_in_quick_succession_leave_the_page_consistent(visitor: Any) -> None:
-    """Whatever order the browser gives a key and a click: no update is drawn over another's."""
+    """In whatever order the browser handles a key and a click, no update overwrites another."""
     page = visitor(talk(), **SHORT)
     shown = []
     for round in range(8):
@@ -142,7 +140,7 @@ def test_leaving_a_conversation_keeps_the_text_of_its_reply(visitor: Any) -> Non
     assert len(answers(page).inner_text()) >= len(seen)
 
 
-def test_opening_the_conversation_whose_reply_grows_keeps_the_text(visitor: Any) -> None:
+def test_opening_a_conversation_again_during_its_reply_keeps_the_text(visitor: Any) -> None:
     page = visitor(**LONG)
     send(page, ASK)
     expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
@@ -156,7 +154,7 @@ def test_opening_the_conversation_whose_reply_grows_keeps_the_text(visitor: Any)
     assert len(answers(page).inner_text()) >= len(seen)
 
 
-def test_text_that_is_typed_during_a_reply_stays_in_the_box(visitor: Any) -> None:
+def test_text_typed_during_a_reply_stays_in_the_input_box(visitor: Any) -> None:
     page = visitor(**LONG)
     text = page.locator("#box textarea")
     with writing(page):
@@ -164,7 +162,7 @@ def test_text_that_is_typed_during_a_reply_stays_in_the_box(visitor: Any) -> Non
         page.keyboard.press("Enter")
         page.keyboard.type("and then")
         expect(page.locator("#box .stop-button")).to_be_visible()
-        page.keyboard.press("Enter")  # which sends nothing while a reply is written
+        page.keyboard.press("Enter")  # sends nothing during a reply
         expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
         expect(text).to_have_value("and then")
         halt(page)

@@ -39,7 +39,7 @@ def test_settings_are_kept_with_their_conversation_and_used(visitor: Any) -> Non
     expect(page.get_by_label("Seed")).to_have_value("11")
 
 
-def test_a_message_that_is_sent_before_the_settings_are_shown_goes_with_them(visitor: Any) -> None:
+def test_a_message_sent_before_the_settings_are_shown_uses_them(visitor: Any) -> None:
     page = visitor(talk(), max_new_tokens=5, temperature=0)
     page.add_init_script(
         """addEventListener("DOMContentLoaded", () => {
@@ -60,7 +60,7 @@ def test_a_message_that_is_sent_before_the_settings_are_shown_goes_with_them(vis
     expect(page.locator("#chat .user-row")).to_have_text(["What is the sea?", "Early."])
 
 
-def test_numbers_out_of_bounds_are_reported_and_become_the_nearest(visitor: Any) -> None:
+def test_a_number_out_of_bounds_is_reported_and_corrected(visitor: Any) -> None:
     page = visitor(**SHORT)
     page.get_by_role("button", name="Settings").click()
     typed = {"Maximum tokens": ("99999", "2048"), "Seed": ("-5", "0")}
@@ -99,7 +99,7 @@ def test_each_conversation_keeps_its_own_preset(visitor: Any) -> None:
     expect(page.get_by_label("Preset")).to_have_value("Brief")
 
 
-def test_a_slider_moved_by_keys_is_kept(visitor: Any) -> None:
+def test_a_slider_value_set_by_the_keyboard_is_kept(visitor: Any) -> None:
     page = visitor(talk(), **SHORT)
     page.get_by_role("button", name="Settings").click()
     with settling(page, events=1):
@@ -108,9 +108,7 @@ def test_a_slider_moved_by_keys_is_kept(visitor: Any) -> None:
     assert settings["top_p"] == float(page.get_by_label("number input for Top-p").input_value())
 
 
-def test_settings_that_change_during_a_reply_are_kept_with_the_whole_reply(
-    visitor: Any,
-) -> None:
+def test_settings_changed_during_a_reply_are_kept_with_the_reply(visitor: Any) -> None:
     page = visitor(max_new_tokens=60, temperature=0)
     page.get_by_role("button", name="Settings").click()
     with settling(page, events=2):
@@ -132,7 +130,7 @@ def test_settings_stay_with_the_conversation_that_was_open(visitor: Any) -> None
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Seed").fill("11")
     with settling(page, events=2):
-        page.get_by_role("button", name="New conversation").click()  # which takes the focus away
+        page.get_by_role("button", name="New conversation").click()  # moves the focus away
     expect(page.locator("#chat .message-row")).to_have_count(0)
     assert page.evaluate("window.conversations.current.turns.length") == 0
     assert conversations(page)["What is the sea?"]["settings"]["seed"] == 11

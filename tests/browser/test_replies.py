@@ -1,4 +1,4 @@
-"""A reply in the browser: it grows, stops, goes on, and survives failures."""
+"""Replies in the browser: they grow, stop, continue, and survive failures."""
 
 import re
 from typing import Any
@@ -180,7 +180,7 @@ def test_two_visitors_do_not_wait_for_each_other(visitor: Any) -> None:
     for page in pages:
         expect(answers(page)).to_contain_text(re.compile(r"\w+ \w+"))
     for page in pages:
-        expect(page.locator("#box .stop-button")).to_be_visible()  # neither has ended
+        expect(page.locator("#box .stop-button")).to_be_visible()  # neither reply has ended
         page.locator("#box .stop-button").click()
         expect(page.locator("#box .submit-button")).to_be_visible()
 
@@ -197,11 +197,11 @@ def test_closing_the_page_ends_the_reply(visitor: Any, service: Process) -> None
 
 def test_an_event_that_fails_does_not_block_the_page(visitor: Any) -> None:
     page = visitor(talk(), **SHORT)
-    page.evaluate("window.conversations.current.turns = []")  # so that no message can be edited
+    page.evaluate("window.conversations.current.turns = []")  # so that the edit fails
     page.locator("#chat").get_by_role("button", name="Edit").click()
     page.locator("#chat").get_by_role("button", name="Submit").click()
     expect(page.get_by_text("Something went wrong on this page")).to_be_visible()
-    expect(page.locator("#chat .message-row")).to_have_count(0)  # what is kept, and no more
+    expect(page.locator("#chat .message-row")).to_have_count(0)  # only the kept turns: none
     with writing(page):
         send(page, "More.")
     expect(answers(page)).to_have_count(1)

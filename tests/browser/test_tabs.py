@@ -52,7 +52,7 @@ def test_two_tabs_on_one_conversation_show_and_keep_the_same_turns(visitor: Any)
     assert len(conversations(page)["What is the sea?"]["turns"]) == 6
 
 
-def test_a_setting_changes_in_both_tabs(visitor: Any) -> None:
+def test_a_setting_changed_in_one_tab_changes_in_the_other(visitor: Any) -> None:
     page, other = two_tabs(visitor)
     for tab in (page, other):
         tab.get_by_role("button", name="Settings").click()
@@ -65,7 +65,7 @@ def test_a_setting_changes_in_both_tabs(visitor: Any) -> None:
     assert conversations(page)["What is the sea?"]["settings"]["seed"] == 11
 
 
-def test_a_busy_tab_shows_afterwards_what_another_has_written(visitor: Any) -> None:
+def test_a_busy_tab_later_shows_the_turns_written_in_another_tab(visitor: Any) -> None:
     page, other = two_tabs(visitor)
     other.evaluate("window.eventQueue.enter(null, false)")
     with writing(page):

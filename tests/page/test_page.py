@@ -1,4 +1,4 @@
-"""The chat page: what its events do with a conversation, and what it keeps to itself."""
+"""The chat page's events, and the chat page as a process."""
 
 import os
 import re
@@ -37,12 +37,12 @@ TIMEOUT = 60
 
 
 def page_at(url: str) -> Page:
-    """The page of the service at this address."""
+    """A page for the service at this address."""
     return Page(StreamClient(url))
 
 
 def outcome(updates: Iterator[dict[Any, Any]]) -> dict[Any, Any]:
-    """What each component has in the end."""
+    """The last value of each component."""
     shown: dict[Any, Any] = {}
     for update in updates:
         shown |= update
@@ -57,7 +57,7 @@ def ask(page: Page, message: str, value: Any = None, with_tokens: bool = False) 
     return outcome(page.events.send(value, message, None, with_tokens, None))
 
 
-def test_a_message_is_answered_and_the_conversation_kept(serve: ServiceFactory) -> None:
+def test_a_message_gets_a_reply_and_the_conversation_is_kept(serve: ServiceFactory) -> None:
     page = page_at(serve(fake_checkpoint(says("彩虹!"))).url)
     shown = ask(page, "hi")
     assert kept(page, shown) == ["hi", "彩虹!"]
@@ -68,7 +68,7 @@ def test_a_message_is_answered_and_the_conversation_kept(serve: ServiceFactory) 
     assert outcome(page.events.send(None, "  ", None, False, None)) == gr.skip()
 
 
-def test_the_visitors_message_is_kept_before_its_reply(serve: ServiceFactory) -> None:
+def test_a_message_is_kept_before_its_reply_begins(serve: ServiceFactory) -> None:
     page = page_at(serve(fake_checkpoint(says("a"))).url)
     first = next(page.events.send(None, "hi", None, False, None))
     assert kept(page, first) == ["hi"]
@@ -76,7 +76,7 @@ def test_the_visitors_message_is_kept_before_its_reply(serve: ServiceFactory) ->
     assert first[page.layout.event_queue]
 
 
-def test_retry_edit_undo_and_going_on(serve: ServiceFactory) -> None:
+def test_a_reply_can_be_continued_retried_edited_and_undone(serve: ServiceFactory) -> None:
     page = page_at(serve(fake_checkpoint(says("abcd"))).url)
     short = Conversation(settings=ChatSettings(max_new_tokens=2)).model_dump()
     cut = ask(page, "hi", short)
@@ -94,7 +94,7 @@ def test_retry_edit_undo_and_going_on(serve: ServiceFactory) -> None:
     assert (kept(page, undone), undone[page.layout.box]) == ([], "hi")
 
 
-def test_another_token_can_be_taken(serve: ServiceFactory) -> None:
+def test_choosing_another_token_continues_the_reply_from_that_token(serve: ServiceFactory) -> None:
     page = page_at(serve(fake_checkpoint(says("abcd"))).url)
     shown = ask(page, "hi", with_tokens=True)
     assert [token.text for token in shown[page.layout.tokens]] == list("abcd")
@@ -113,12 +113,12 @@ def test_another_token_can_be_taken(serve: ServiceFactory) -> None:
     assert stale == gr.skip()
 
 
-def test_what_the_browser_sends_is_not_trusted() -> None:
+def test_invalid_data_from_the_browser_becomes_an_empty_conversation() -> None:
     for nonsense in (None, 7, "x", {"turns": [{"role": "system", "content": "x"}]}, [1]):
         assert events.received(nonsense).turns == ()
 
 
-def test_a_conversation_opens_with_its_settings(serve: ServiceFactory) -> None:
+def test_an_opened_conversation_shows_its_settings(serve: ServiceFactory) -> None:
     page = page_at(serve(fake_checkpoint(says("a"))).url)
     settings = ChatSettings(temperature=1.5, stop=("x", "y"), system_prompt="p")
     value = Conversation().asked("hi").with_settings(settings).model_dump()
@@ -133,9 +133,7 @@ def test_a_conversation_opens_with_its_settings(serve: ServiceFactory) -> None:
     assert kept(page, shown) == ["hi"]
 
 
-def test_settings_that_this_model_does_not_allow_are_shown_as_the_nearest_it_does(
-    serve: ServiceFactory,
-) -> None:
+def test_a_setting_out_of_bounds_becomes_the_nearest_allowed_one(serve: ServiceFactory) -> None:
     page = page_at(serve(fake_checkpoint(says("a"))).url)
     settings = ChatSettings(max_new_tokens=8192, temperature=-1.0, seed=None)
     shown = outcome(page.events.show(Conversation().with_settings(settings).model_dump(), None))
@@ -145,10 +143,10 @@ def test_settings_that_this_model_does_not_allow_are_shown_as_the_nearest_it_doe
     assert shown[fields["seed"]]["value"] is None
     answered = ask(page, "hi", shown[page.layout.conversation_list])
     used = answered[page.layout.conversation_list]["turns"][-1]["figures"]["params"]
-    assert used["max_new_tokens"] == 512 - 18, "the prompt has 18"
+    assert used["max_new_tokens"] == 512 - 18, "the prompt has 18 tokens"
 
 
-def test_what_is_too_large_to_be_kept_goes_back_into_the_box(
+def test_a_message_too_large_to_keep_goes_back_into_the_input_box(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
@@ -161,7 +159,7 @@ def test_what_is_too_large_to_be_kept_goes_back_into_the_box(
     assert len([text for text in said if "too long to be saved" in text]) == 2
 
 
-def test_a_message_is_not_edited_away(serve: ServiceFactory) -> None:
+def test_a_message_cannot_be_replaced_by_blank_text(serve: ServiceFactory) -> None:
     page = page_at(serve(fake_checkpoint(says("a"))).url)
     value = ask(page, "hi")[page.layout.conversation_list]
     change = SimpleNamespace(index=0, value=" ")
@@ -170,8 +168,8 @@ def test_a_message_is_not_edited_away(serve: ServiceFactory) -> None:
     assert len(shown[page.layout.chat]) == 3
 
 
-def test_what_gives_nothing_changes_nothing(serve: ServiceFactory) -> None:
-    """Gradio empties every component where a generator yields nothing at all."""
+def test_events_without_effect_leave_the_page_unchanged(serve: ServiceFactory) -> None:
+    """Gradio empties every component if an event's generator yields nothing."""
     page = page_at(serve(fake_checkpoint(says("a"))).url)
     choice = gr.EventData(None, {"token": 0, "choice": 0})
     value = Conversation().asked("hi").model_dump()
@@ -179,14 +177,14 @@ def test_what_gives_nothing_changes_nothing(serve: ServiceFactory) -> None:
     assert list(page.events.choose_token(value, None, (), None, choice)) == [gr.skip()]
 
 
-def test_a_service_that_is_away_is_said_and_the_conversation_still_opens() -> None:
+def test_a_conversation_opens_although_the_service_is_unreachable() -> None:
     page = page_at("http://127.0.0.1:9")
     shown = outcome(page.events.show(Conversation().asked("hi").model_dump(), None))
     assert "Cannot reach the service" in shown[page.layout.status]
     assert kept(page, shown) == ["hi"]
 
 
-def test_only_settings_that_differ_from_the_models_own_are_chosen() -> None:
+def test_only_settings_that_differ_from_the_models_defaults_are_kept() -> None:
     about = About(model="m", context_length=9, defaults={"temperature": 0.6, "top_p": 0.9})
     same = ("", 0.6, 0.9, 0, 0, 1, 0, None, None, "")
     assert settings_of(same, about, ChatSettings(seed=9)) == ChatSettings()
@@ -197,7 +195,7 @@ def test_only_settings_that_differ_from_the_models_own_are_chosen() -> None:
     )  # fmt: skip
 
 
-def test_a_message_goes_with_its_conversations_settings_whatever_the_fields_show(
+def test_a_message_uses_its_conversations_settings_and_not_the_shown_fields(
     serve: ServiceFactory,
 ) -> None:
     page = page_at(serve(fake_checkpoint(says("abcd"))).url)
@@ -209,7 +207,7 @@ def test_a_message_goes_with_its_conversations_settings_whatever_the_fields_show
     assert kept(page, ask(page, "hi", conversation.model_dump())) == ["hi", "abc"]
 
 
-def test_settings_outlive_a_service_that_was_away(serve: ServiceFactory) -> None:
+def test_a_conversation_keeps_its_settings_while_the_service_is_away(serve: ServiceFactory) -> None:
     page = page_at("http://127.0.0.1:9")
     value = Conversation().with_settings(ChatSettings(temperature=0.5)).model_dump()
     away = outcome(page.events.send(value, "hi", None, False, None))
@@ -224,7 +222,7 @@ def test_settings_outlive_a_service_that_was_away(serve: ServiceFactory) -> None
     )
 
 
-def test_the_pages_settings_are_ones_that_the_service_knows(serve: ServiceFactory) -> None:
+def test_the_service_knows_every_setting_of_the_page(serve: ServiceFactory) -> None:
     page = page_at(serve(fake_checkpoint(says("a"))).url)
     about = page.events.about_service()
     names = set(ChatSettings.model_fields) - {"system_prompt"}
@@ -234,18 +232,18 @@ def test_the_pages_settings_are_ones_that_the_service_knows(serve: ServiceFactor
         assert 0 <= ends["minimum"] < ends["maximum"] < 2**53
 
 
-def test_visitors_do_not_wait_for_each_other_and_the_queue_is_bounded() -> None:
+def test_gradio_runs_visitors_events_in_parallel_and_bounds_its_queue() -> None:
     page = page_at("http://127.0.0.1:9")
     functions = page.blocks.fns.values()
     assert page.blocks._queue.default_concurrency_limit is None
-    assert {f.concurrency_limit for f in functions} <= {None, "default"}, "replies have their own"
+    assert {f.concurrency_limit for f in functions} <= {None, "default"}, "`Replies` limits them"
     assert page.blocks._queue.max_size is not None
     assert page.blocks.analytics_enabled is False
-    assert all(f.api_visibility == "private" for f in functions), "the service is the API"
+    assert all(f.api_visibility == "private" for f in functions), "programs use the service's API"
 
 
 def page_process(*arguments: str, **environment: str) -> "subprocess.Popen[str]":
-    """`python llama3_app.py`, on a free port if none is given."""
+    """Start `python llama3_app.py`, by default on a free port."""
     return subprocess.Popen(
         [sys.executable, "llama3_app.py", *arguments],
         cwd=ROOT,
@@ -259,14 +257,14 @@ def page_process(*arguments: str, **environment: str) -> "subprocess.Popen[str]"
 
 @contextmanager
 def started(*arguments: str, **environment: str) -> Iterator[str]:
-    """`python llama3_app.py` on a free port, and its address."""
+    """Start `python llama3_app.py` on a free port, and yield its address."""
     with started_process(*arguments, **environment) as (url, _):
         yield url
 
 
 @contextmanager
 def started_process(*arguments: str, **environment: str) -> Iterator[tuple[str, int]]:
-    """The same, with the id of its process."""
+    """Start `python llama3_app.py`, and yield its address and process id."""
     with page_process(*arguments, **environment) as process:
         try:
             yield address_of(process), process.pid
@@ -275,13 +273,13 @@ def started_process(*arguments: str, **environment: str) -> Iterator[tuple[str, 
 
 
 def address_of(process: "subprocess.Popen[str]") -> str:
-    """What a page says that it listens at."""
+    """The address that a page prints at start."""
     assert process.stdout is not None
     line = next(line for line in process.stdout if "http://" in line)
     return line[line.index("http://") :].split()[0]
 
 
-def test_a_page_whose_port_is_taken_says_so_and_takes_no_other() -> None:
+def test_a_page_whose_port_is_taken_reports_it_and_tries_no_other() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with page_process(GRADIO_SERVER_PORT=str(port)) as process:
@@ -301,14 +299,14 @@ def has_ipv6() -> bool:
 
 
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
-def test_a_page_listens_at_an_ipv6_address_too() -> None:
+def test_a_page_can_listen_at_an_ipv6_address() -> None:
     with started(GRADIO_SERVER_NAME="::1") as url:
         assert url.startswith("http://[::1]:")
         assert requests.get(url, timeout=TIMEOUT).ok
 
 
-def test_a_page_ends_with_the_service_that_holds_its_input() -> None:
-    """Also where SIGINT is ignored, as a shell has it for what runs in the background."""
+def test_a_page_ends_when_its_standard_input_closes() -> None:
+    """A shell ignores SIGINT for commands in the background; the page must end there, too."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         started = page_process("--until-stdin-closes")
@@ -328,7 +326,7 @@ def test_a_page_ends_with_the_service_that_holds_its_input() -> None:
     assert "Traceback" not in said
 
 
-def test_a_started_page_keeps_its_secrets_and_serves_no_files() -> None:
+def test_a_page_sends_no_secrets_and_serves_no_files() -> None:
     with started(LLAMA3_API_KEY="a-secret-key", LLAMA3_ADDRESS="http://127.0.0.1:9") as url:
         html = requests.get(url).text
         assert "Content-Security-Policy" in html
@@ -346,14 +344,14 @@ def test_a_started_page_keeps_its_secrets_and_serves_no_files() -> None:
         assert '"share":false' in html.replace(" ", "") or "gradio.live" not in html
 
 
-def test_a_started_page_works_in_an_empty_directory_that_it_removes() -> None:
+def test_a_page_runs_in_an_empty_directory_and_removes_it_at_the_end() -> None:
     with started_process() as (_, pid):
-        place = Path(psutil.Process(pid).cwd())
-        assert list(place.iterdir()) == []
-    assert not place.exists()
+        directory = Path(psutil.Process(pid).cwd())
+        assert list(directory.iterdir()) == []
+    assert not directory.exists()
 
 
-def test_a_page_with_a_password_asks_for_it() -> None:
+def test_a_page_with_a_password_rejects_visitors_without_it() -> None:
     with started("--auth", "ann:secret") as url:
         assert requests.get(f"{url}/config").status_code == 401
         wrong = requests.post(f"{url}/login", data={"username": "ann", "password": "x"})

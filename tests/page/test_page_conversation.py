@@ -1,4 +1,4 @@
-"""The page's conversations: how they change, what is sent, what comes back from a file."""
+"""The page's conversations: their changes, the messages for the service, and their files."""
 
 import json
 from typing import Any
@@ -26,7 +26,7 @@ def contents(conversation: Conversation) -> list[str]:
     return [turn.content for turn in conversation.turns]
 
 
-def test_a_change_leaves_the_conversation_that_it_came_from_as_it_was() -> None:
+def test_changing_a_conversation_makes_a_new_one_and_keeps_the_old_one() -> None:
     before = talk(("a", "b"))
     after = before.asked("c")
     assert contents(before) == ["a", "b"]
@@ -34,26 +34,26 @@ def test_a_change_leaves_the_conversation_that_it_came_from_as_it_was() -> None:
     assert after.id == before.id
 
 
-def test_a_new_reply_takes_the_place_of_the_one_before() -> None:
+def test_a_new_reply_replaces_the_last_one() -> None:
     conversation = talk(("a", "b"), ("c", "d"))
     assert contents(conversation.replied(reply("e"))) == ["a", "b", "c", "e"]
     assert contents(conversation.unanswered()) == ["a", "b", "c"]
 
 
-def test_undo_takes_the_last_question_back() -> None:
+def test_undo_removes_the_last_message_and_returns_its_text() -> None:
     conversation, message = talk(("a", "b"), ("c", "d")).undone()
     assert (contents(conversation), message) == (["a", "b"], "c")
     assert Conversation().undone()[1] == ""
 
 
-def test_an_edited_message_ends_what_came_after_it() -> None:
+def test_editing_a_message_removes_all_later_turns() -> None:
     conversation = talk(("a", "b"), ("c", "d"))
     assert contents(conversation.edited(2, "C")) == ["a", "b", "C"]
     edited = conversation.edited(0, "A")
     assert (contents(edited), edited.name) == (["A"], "A"), "the first message gives the name"
 
 
-def test_a_conversation_is_named_by_its_first_message() -> None:
+def test_a_conversation_is_named_after_its_first_message() -> None:
     assert talk(("Why is  the\nsky blue?", "x"), ("more", "y")).name == "Why is the sky blue?"
     assert name_of("one two three four five six seven eight nine ten eleven twelve") == (
         "one two three four five six seven eight nine…"
@@ -61,7 +61,7 @@ def test_a_conversation_is_named_by_its_first_message() -> None:
     assert name_of("虹" * 60) == "虹" * 48 + "…"
 
 
-def test_what_went_wrong_is_not_sent_as_something_the_model_said() -> None:
+def test_a_failed_reply_is_not_sent_to_the_model() -> None:
     conversation = talk(("a", "b"))
     conversation = conversation.asked("lost").replied(
         reply("", problem="Cannot reach the service.")
@@ -74,15 +74,13 @@ def test_what_went_wrong_is_not_sent_as_something_the_model_said() -> None:
     ]
 
 
-def test_thoughts_before_earlier_answers_are_not_sent_again_but_a_reply_is_continued_whole() -> (
-    None
-):
+def test_only_the_continued_reply_is_sent_with_its_thinking() -> None:
     conversation = talk(("a", "<think>hm</think>b"), ("c", "<think>hm</think>d"))
     sent = [message["content"] for message in conversation.messages()]
     assert sent == ["a", "b", "c", "<think>hm</think>d"]
 
 
-def test_the_system_prompt_goes_first_if_it_says_anything() -> None:
+def test_a_system_prompt_is_sent_first_unless_it_is_blank() -> None:
     conversation = talk(("a", "b")).with_settings(ChatSettings(system_prompt="Be brief."))
     assert conversation.messages()[0] == {"role": "system", "content": "Be brief."}
     assert (
@@ -91,7 +89,7 @@ def test_the_system_prompt_goes_first_if_it_says_anything() -> None:
     )
 
 
-def test_only_chosen_parameters_are_sent() -> None:
+def test_only_chosen_settings_are_sent() -> None:
     assert ChatSettings().params() == {}
     assert ChatSettings(system_prompt="x", temperature=0, stop=("a",)).params() == {
         "temperature": 0.0,
@@ -114,7 +112,7 @@ def test_only_a_reply_that_was_cut_short_can_be_continued(turn: Turn, expected: 
     assert turn.can_go_on is expected
 
 
-def test_a_saved_conversation_comes_back_whole_under_an_id_of_its_own() -> None:
+def test_a_loaded_conversation_equals_the_saved_one_but_has_a_new_id() -> None:
     conversation = talk(("a", "b <script>")).with_settings(
         ChatSettings(temperature=0.5, stop=("x",))
     )
@@ -141,30 +139,30 @@ def test_a_saved_conversation_comes_back_whole_under_an_id_of_its_own() -> None:
     ],
     ids=lambda text: text[:40],
 )
-def test_what_is_no_saved_conversation_is_refused(text: str) -> None:
+def test_a_file_that_is_no_saved_conversation_is_rejected(text: str) -> None:
     with pytest.raises(files.NotAConversation):
         files.from_json(text)
 
 
-def test_unknown_fields_of_a_newer_page_do_not_matter() -> None:
+def test_unknown_fields_in_a_saved_conversation_are_ignored() -> None:
     turn = {"role": "user", "content": "a", "mood": "good"}
     assert files.from_json(json.dumps({"turns": [turn], "colour": 1})).turns[0].content == "a"
 
 
-def test_markdown_is_for_people() -> None:
+def test_a_conversation_can_be_saved_as_markdown() -> None:
     conversation = talk(("a", "b")).with_settings(ChatSettings(system_prompt="p"))
     assert files.to_markdown(conversation) == (
         "# a\n\n## System\n\np\n\n## User\n\na\n\n## Assistant\n\nb\n"
     )
 
 
-def test_a_files_name_is_one_everywhere() -> None:
+def test_a_saved_file_gets_a_name_that_every_system_allows() -> None:
     conversation = Conversation(name="../ What: is/this? 彩虹 ")
     assert files.file_name(conversation, "md") == "What-is-this-彩虹.md"
     assert files.file_name(Conversation(), "json") == "conversation.json"
 
 
-def test_numbers_that_are_none_are_refused() -> None:
+def test_chat_settings_reject_nan() -> None:
     with pytest.raises(ValidationError):
         ChatSettings(temperature=float("nan"))
 
@@ -181,7 +179,7 @@ def test_numbers_that_are_none_are_refused() -> None:
         ("Write <think>x</think>.", "", "Write <think>x</think>.", False),
     ],
 )
-def test_thinking_is_what_stands_before_the_answer(
+def test_split_thinking_separates_the_thinking_from_the_answer(
     text: str, thought: str, answer: str, is_open: bool
 ) -> None:
     assert split_thinking(text) == (thought, answer, is_open)

@@ -1,4 +1,4 @@
-"""The page beside the service: what becomes of the one when the other ends."""
+"""The chat page as the service's child process, and what the service does when it ends."""
 
 import logging
 import threading
@@ -31,51 +31,51 @@ def test_a_page_that_fails_to_start_is_reported_at_once(
 
 
 @contextmanager
-def logging_something() -> Iterator[None]:
-    """Leave the block when something is logged."""
-    said = threading.Event()
+def until_something_is_logged() -> Iterator[None]:
+    """Leave the block only after something has been logged."""
+    logged = threading.Event()
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.set()
+            logged.set()
 
-    logger = logging.getLogger()  # behind the handler of `caplog`
+    logger = logging.getLogger()  # runs the listener after `caplog`'s handler
     logger.addHandler(listener := Listener())
     try:
         yield
-        wait_for(said)
+        wait_for(logged)
     finally:
         logger.removeHandler(listener)
 
 
-def test_a_page_that_dies_later_leaves_the_service_alone(
+def test_a_page_that_crashes_later_does_not_end_the_service(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with logging_something():
-        page = PageProcess(script(tmp_path, "os.abort()"), {}, lambda: pytest.fail("it had begun"))
+    with until_something_is_logged():
+        page = PageProcess(script(tmp_path, "os.abort()"), {}, lambda: pytest.fail("page was up"))
     assert not page.failed
     assert "the service continues without it" in caplog.text
     page.end()
 
 
-def test_a_page_that_was_ended_by_others_is_no_error(
+def test_a_page_that_exits_with_status_0_is_no_failure(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As when a service manager sends SIGTERM to every process of a service."""
+    """A service manager may send SIGTERM to the page, too, which then exits with 0."""
     caplog.set_level(logging.INFO)
-    with logging_something():
-        page = PageProcess(script(tmp_path, "sys.exit(0)"), {}, lambda: pytest.fail("it was ended"))
+    with until_something_is_logged():
+        page = PageProcess(script(tmp_path, "sys.exit(0)"), {}, lambda: pytest.fail("status 0"))
     assert not page.failed
     assert [record.message for record in caplog.records] == ["the chat page has ended"]
     page.end()
 
 
-def test_a_page_that_is_ended_is_no_failure(
+def test_a_page_that_the_service_ends_is_no_failure(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for end in (PageProcess.end, PageProcess.kill):
         page = PageProcess(
-            script(tmp_path, "os.read(0, 1)"), {}, lambda: pytest.fail("it was ended")
+            script(tmp_path, "os.read(0, 1)"), {}, lambda: pytest.fail("the service ended it")
         )
         end(page)
         page.end()
@@ -83,7 +83,7 @@ def test_a_page_that_is_ended_is_no_failure(
     assert not caplog.records
 
 
-def test_the_page_listens_where_the_service_does_and_has_its_key() -> None:
+def test_the_page_gets_the_services_address_and_api_key() -> None:
     assert page_environment("127.0.0.1", 7860, "http://127.0.0.1:8800", None) == {
         "LLAMA3_ADDRESS": "http://127.0.0.1:8800",
         "GRADIO_SERVER_NAME": "127.0.0.1",

@@ -1,4 +1,4 @@
-"""A reply on its way to the page: its pace, its end, and what becomes of it in trouble."""
+"""A reply on its way to the page: its pace, its end, and its failures."""
 
 import socket
 import threading
@@ -19,7 +19,7 @@ from stream_service.client import StreamClient
 from stream_service.server import Server, bind
 
 WORDS = words_for("en")
-TIMEOUT = 20  # less than that of a gate, which ends a reply too
+TIMEOUT = 20  # seconds; shorter than a gate's, which would end a reply, too
 
 
 def write(
@@ -33,8 +33,8 @@ def write(
 
 
 @contextmanager
-def meanwhile(task: Callable[[], object], service: RunningService) -> Iterator[None]:
-    """Until the block begins, `task`, in a thread, has had the one open stream marked as ended."""
+def abort_requested_by(task: Callable[[], object], service: RunningService) -> Iterator[None]:
+    """Run `task` in a thread, and begin the block when the open request has `abort_requested`."""
     (request,) = service.engine.requests
     thread = threading.Thread(target=task)
     thread.start()
@@ -43,7 +43,7 @@ def meanwhile(task: Callable[[], object], service: RunningService) -> Iterator[N
     thread.join()
 
 
-def test_the_first_item_comes_at_once_and_the_others_together() -> None:
+def test_batches_give_the_first_item_at_once_and_later_items_together() -> None:
     begun, more = threading.Semaphore(0), threading.Semaphore(0)
 
     def items() -> Generator[int, None, None]:
@@ -54,16 +54,16 @@ def test_the_first_item_comes_at_once_and_the_others_together() -> None:
             yield n
 
     def clock() -> float:
-        more.release()  # the next item comes while this one waits for its company
+        more.release()  # the next item comes during the wait for the batch
         return 0.0
 
     batched = iter(Batches(items(), lambda: TIMEOUT, clock))
     assert next(batched) == [0]
     begun.release()
-    assert list(batched) == [[1, 2, 3, 4]], "the time is not over, only the items are"
+    assert list(batched) == [[1, 2, 3, 4]], "the items ended, not the interval"
 
 
-def test_an_item_is_not_held_back_until_the_next_one_comes() -> None:
+def test_a_batch_does_not_wait_for_another_item_after_its_interval() -> None:
     now, more = [0.0], threading.Semaphore(0)
 
     def items() -> Generator[int, None, None]:
@@ -73,7 +73,7 @@ def test_an_item_is_not_held_back_until_the_next_one_comes() -> None:
 
     batched = iter(Batches(items(), lambda: 3600, lambda: now[0]))
     assert next(batched) == [0]
-    now[0] = 3601.0  # the interval is over, and nothing comes after the next
+    now[0] = 3601.0  # the interval is over, and only one more item comes
     more.release()
     assert next(batched) == [1]
     more.release()
@@ -82,7 +82,7 @@ def test_an_item_is_not_held_back_until_the_next_one_comes() -> None:
     assert list(batched) == [[2]]
 
 
-def test_what_the_items_raise_comes_after_them() -> None:
+def test_batches_raise_an_exception_after_the_items_before_it() -> None:
     def items() -> Generator[int, None, None]:
         yield 1
         raise ValueError("broken")
@@ -95,7 +95,7 @@ def test_what_the_items_raise_comes_after_them() -> None:
     assert received == [1]
 
 
-def test_each_delta_is_on_the_page_before_the_next_is_computed(serve: ServiceFactory) -> None:
+def test_each_delta_reaches_the_page_before_the_next_is_computed(serve: ServiceFactory) -> None:
     gate = Gate(says("abc"))
     growing = write(serve(fake_checkpoint(gate)))
     for n, expected in enumerate(["a", "ab", "abc"], start=1):
@@ -110,7 +110,7 @@ def test_each_delta_is_on_the_page_before_the_next_is_computed(serve: ServiceFac
     assert last.turn.figures.finish_reason == "stop"
 
 
-def test_the_figures_are_the_services_own(serve: ServiceFactory) -> None:
+def test_the_figures_of_a_reply_come_from_the_service(serve: ServiceFactory) -> None:
     conversation = Conversation().asked("hi").with_settings(ChatSettings(temperature=0.5, seed=3))
     *_, last = write(serve(fake_checkpoint(says("ab"))), conversation, context_length=512)
     figures = last.turn.figures
@@ -122,7 +122,7 @@ def test_the_figures_are_the_services_own(serve: ServiceFactory) -> None:
     assert None not in (figures.queue_ms, figures.ttft_ms, figures.cached_tokens)
 
 
-def test_a_reply_that_stands_at_the_end_is_continued(serve: ServiceFactory) -> None:
+def test_a_reply_at_the_end_of_a_conversation_is_continued(serve: ServiceFactory) -> None:
     prompts: list[bytes] = []
 
     def spy(ids: list[int]) -> int:
@@ -139,7 +139,7 @@ def test_a_reply_that_stands_at_the_end_is_continued(serve: ServiceFactory) -> N
     assert any(prompt.endswith(b"assistant:ab") for prompt in prompts)
 
 
-def test_tokens_come_with_their_alternatives_if_asked_for(serve: ServiceFactory) -> None:
+def test_the_tokens_of_a_reply_have_alternatives_if_requested(serve: ServiceFactory) -> None:
     service = serve(fake_checkpoint(says("ab")))
     *_, last = write(service, prefix_tokens=())
     assert [token.text for token in last.tokens] == ["a", "b"]
@@ -148,16 +148,16 @@ def test_tokens_come_with_their_alternatives_if_asked_for(serve: ServiceFactory)
     assert last.tokens == ()
 
 
-def test_stop_ends_a_reply_that_has_no_word_yet(serve: ServiceFactory) -> None:
+def test_stop_ends_a_reply_before_its_first_token(serve: ServiceFactory) -> None:
     gate = Gate(says("abc"))
     service = serve(fake_checkpoint(gate))
     replies = Replies(StreamClient(service.url))
     reply_id = replies.open()
     growing = replies.write(reply_id, Conversation().asked("hi"), WORDS)
     next(growing)
-    next(growing)  # the service has begun
+    next(growing)  # the service has the request
     assert gate.arrived.acquire(timeout=TIMEOUT)
-    with meanwhile(lambda: replies.stop(reply_id), service):
+    with abort_requested_by(lambda: replies.stop(reply_id), service):
         gate.allow(100)
     *_, last = growing
     assert last.turn.figures is not None
@@ -165,7 +165,7 @@ def test_stop_ends_a_reply_that_has_no_word_yet(serve: ServiceFactory) -> None:
     assert gate.num_computed_tokens <= 1
 
 
-def test_stop_ends_a_reply_whose_question_has_not_been_sent(serve: ServiceFactory) -> None:
+def test_stop_ends_a_reply_before_its_request_is_sent(serve: ServiceFactory) -> None:
     gate = Gate(says("abc"))
     replies = Replies(StreamClient(serve(fake_checkpoint(gate)).url))
     reply_id = replies.open()
@@ -176,11 +176,11 @@ def test_stop_ends_a_reply_whose_question_has_not_been_sent(serve: ServiceFactor
     assert last.turn.figures is not None
     assert last.turn.figures.finish_reason == "abort"
     assert gate.num_computed_tokens == 0
-    replies.stop(reply_id)  # more than once is fine
+    replies.stop(reply_id)  # a second call does nothing
     replies.stop(None)
 
 
-def test_stop_ends_a_reply_though_the_service_answers_no_more() -> None:
+def test_stop_ends_a_reply_even_if_the_service_does_not_answer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as hung:
         replies = Replies(StreamClient(f"http://127.0.0.1:{hung.getsockname()[1]}"))
         reply_id = replies.open()
@@ -189,10 +189,10 @@ def test_stop_ends_a_reply_though_the_service_answers_no_more() -> None:
         rest: list[Progress] = []
         reading = threading.Thread(target=lambda: rest.extend(growing))
         reading.start()
-        asked, _ = hung.accept()  # the question; nothing answers it
+        asked, _ = hung.accept()  # the request for the reply, which gets no answer
         stopping = threading.Thread(target=lambda: replies.stop(reply_id))
         stopping.start()
-        hung.accept()[0].close()  # nor what should end it
+        hung.accept()[0].close()  # the request to stop, which gets none either
         stopping.join()
         reading.join(TIMEOUT)
         assert not reading.is_alive()
@@ -202,7 +202,7 @@ def test_stop_ends_a_reply_though_the_service_answers_no_more() -> None:
     assert rest[-1].turn.figures.finish_reason == "abort"
 
 
-def test_more_replies_than_the_page_has_threads_for_are_told_to_wait(serve: ServiceFactory) -> None:
+def test_a_reply_over_the_pages_limit_tells_the_visitor_to_try_again(serve: ServiceFactory) -> None:
     gate = Gate(says("abc"))
     replies = Replies(StreamClient(serve(fake_checkpoint(gate)).url), at_once=1)
     first, second = (
@@ -221,12 +221,12 @@ def test_a_visitor_who_leaves_ends_the_reply(serve: ServiceFactory) -> None:
     growing = write(service)
     gate.allow()
     next(p for p in growing if p.turn.content)
-    with meanwhile(growing.close, service):
+    with abort_requested_by(growing.close, service):
         gate.allow(1000)
     assert gate.num_computed_tokens <= 2
 
 
-def test_what_goes_wrong_is_a_sentence_and_what_had_come_is_kept(serve: ServiceFactory) -> None:
+def test_a_failure_is_shown_as_a_sentence_below_the_text_so_far(serve: ServiceFactory) -> None:
     *_, away = write("http://127.0.0.1:9")
     assert away.turn.problem is not None
     assert "Cannot reach the service" in away.turn.problem
@@ -246,9 +246,7 @@ def test_what_goes_wrong_is_a_sentence_and_what_had_come_is_kept(serve: ServiceF
     assert "too long for the model's context" in str(refused.turn.problem)
 
 
-def test_a_key_that_is_missing_and_a_full_queue_have_sentences_of_their_own(
-    serve: ServiceFactory,
-) -> None:
+def test_a_missing_key_and_a_full_queue_have_their_own_sentences(serve: ServiceFactory) -> None:
     from stream_service.settings import ServiceSettings
 
     checkpoint = fake_checkpoint(says("a"))
@@ -266,7 +264,7 @@ def test_a_key_that_is_missing_and_a_full_queue_have_sentences_of_their_own(
         assert list(growing)[-1].turn.content == "abc"
 
 
-def test_a_service_that_is_still_loading_is_said() -> None:
+def test_the_page_reports_a_service_that_is_still_loading() -> None:
     server = Server(bind("127.0.0.1", 0), max_body=10_000).start()
     *_, last = write(f"http://127.0.0.1:{server.port}")
     server.close()
@@ -274,7 +272,7 @@ def test_a_service_that_is_still_loading_is_said() -> None:
     assert last.turn.content == ""
 
 
-def test_a_stream_that_is_cut_keeps_its_text_and_can_go_on(serve: ServiceFactory) -> None:
+def test_a_reply_that_is_cut_keeps_its_text_and_can_be_continued(serve: ServiceFactory) -> None:
     from support.answers import DELTA, HEAD, answers, chunk
 
     start = chunk(

@@ -1,4 +1,4 @@
-"""What the page shows of a conversation: text that is no HTML, figures, tokens, two languages."""
+"""What the page shows of a conversation: text without HTML, figures, tokens, both languages."""
 
 import re
 from string import Formatter
@@ -45,7 +45,7 @@ def texts(messages: list[dict[str, object]]) -> list[str]:
         ("\r```\r<b>\r```\r<b>", f"\n```\n<b>\n```\n<{M}b>"),
     ],
 )
-def test_html_is_marked_as_text_except_in_what_is_surely_code(text: str, expected: str) -> None:
+def test_html_is_marked_as_text_unless_it_is_certainly_code(text: str, expected: str) -> None:
     assert marked(text) == expected
 
 
@@ -67,7 +67,7 @@ def test_formulas_are_marked_and_prices_are_not(text: str, expected: str) -> Non
 
 
 @given(st.text(alphabet=st.sampled_from("<>!$`~|\\[]()/ab 1\n" + MARK)))
-def test_marks_change_nothing_else(text: str) -> None:
+def test_marks_disable_html_and_change_nothing_else(text: str) -> None:
     shown = marked(text)
     assert unmarked(shown) == unmarked(text)
     if "`" not in text and "~" not in text and "\\" not in text and "$" not in text:
@@ -88,15 +88,15 @@ def test_a_reply_is_shown_as_thought_answer_problem_and_figures() -> None:
     assert [way["value"] for way in line["options"]] == ["go_on", "again"]
 
 
-def test_a_finished_reply_offers_no_way_on_and_a_missing_one_does() -> None:
+def test_a_missing_reply_can_be_requested_again_and_a_finished_one_cannot() -> None:
     finished = reply("x", figures=Figures(finish_reason="stop"))
     assert "options" not in transcript(Conversation().asked("a").replied(finished), WORDS)[-1]
     message, missing = transcript(Conversation().asked("a"), WORDS)
-    assert "options" not in message, "Gradio draws none below a visitor's message"
+    assert "options" not in message, "Gradio shows none below a visitor's message"
     assert [way["value"] for way in missing["options"]] == ["again"]
 
 
-def test_every_message_leads_back_to_its_turn() -> None:
+def test_every_message_on_the_page_maps_to_its_turn() -> None:
     conversation = talk(("a", "<think>x</think>b"), ("c", "d"))
     shown = texts(transcript(conversation, WORDS))
     assert shown == ["a", "x", "b", "c", "d"]
@@ -115,7 +115,7 @@ def test_every_message_leads_back_to_its_turn() -> None:
         (Figures(finish_reason="abort"), None, "stopped"),
     ],
 )
-def test_the_meter_says_how_far_a_reply_is(
+def test_the_meter_shows_the_progress_of_a_reply(
     figures: Figures, position: int | None, expected: str
 ) -> None:
     turn = Turn(role="assistant", content="", figures=figures)
@@ -123,7 +123,7 @@ def test_the_meter_says_how_far_a_reply_is(
     assert expected in line
 
 
-def test_the_meter_of_a_reply_tells_all_that_the_service_did() -> None:
+def test_the_meter_of_a_finished_reply_shows_all_figures() -> None:
     figures = Figures(
         model="m<1>", prompt_tokens=40, cached_tokens=32, completion_tokens=10,
         context_length=100, trimmed_messages=2, ttft_ms=81.4, tokens_per_second=35.26,
@@ -142,7 +142,7 @@ def test_the_meter_of_a_reply_tells_all_that_the_service_did() -> None:
     assert "&lt;x&gt;" in line
 
 
-def test_a_branch_keeps_the_tokens_before_it_and_takes_the_alternative() -> None:
+def test_a_branch_keeps_the_earlier_tokens_and_takes_the_alternative() -> None:
     event = {
         "delta": " cat", "id": 1, "token": " cat", "logprob": -0.5,
         "alternatives": [
@@ -161,12 +161,12 @@ def test_a_branch_keeps_the_tokens_before_it_and_takes_the_alternative() -> None
             branch(tokens, index, choice)
 
 
-def test_everything_is_said_in_both_languages() -> None:
+def test_every_text_of_the_page_exists_in_both_languages() -> None:
     for key, (english, chinese) in TEXTS.items():
-        gaps = [
+        placeholders = [
             {name for _, name, _, _ in Formatter().parse(t) if name} for t in (english, chinese)
         ]
-        assert gaps[0] == gaps[1], key
+        assert placeholders[0] == placeholders[1], key
         assert re.search("[\u4e00-\u9fff]", chinese) or key in ("top_p", "top_k", "min_p"), key
     assert all(key in TEXTS for key in PRESETS)
     assert set(i18n.translations) >= {"en", "zh", "zh-CN"}

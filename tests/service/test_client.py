@@ -1,4 +1,4 @@
-"""The Python client: exact about how a stream ended."""
+"""`StreamClient`: its replies, its errors, and how it tells a complete reply from a broken one."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ from stream_generator.request import FinishReason
 from stream_service.client import StreamClient, StreamError
 
 
-def test_deltas_come_one_by_one_and_the_end_tells_the_rest(serve: ServiceFactory) -> None:
+def test_the_client_yields_each_delta_before_the_next_is_computed(serve: ServiceFactory) -> None:
     gate = Gate(says("ab"))
     client = StreamClient(serve(fake_checkpoint(gate)).url)
     reply = client.stream("hi", max_new_tokens=5)
@@ -31,7 +31,7 @@ def test_deltas_come_one_by_one_and_the_end_tells_the_rest(serve: ServiceFactory
     assert reply.end["usage"]["completion_tokens"] == 2
 
 
-def test_events_tell_all_that_the_service_does(serve: ServiceFactory) -> None:
+def test_the_client_can_yield_events_in_place_of_text(serve: ServiceFactory) -> None:
     reply = StreamClient(serve(fake_checkpoint(says("ab"))).url).stream("hi", logprobs=1)
     events = list(reply.events())
     assert [e["event"] for e in events if e["event"] != "queue"] == ["start", *["delta"] * 2, "end"]
@@ -39,7 +39,7 @@ def test_events_tell_all_that_the_service_does(serve: ServiceFactory) -> None:
     assert (events[0], events[-1], reply.text) == (reply.start, reply.end, "ab")
 
 
-def test_the_service_tells_about_itself(serve: ServiceFactory) -> None:
+def test_about_describes_the_service_and_raises_for_any_other_server(serve: ServiceFactory) -> None:
     about = StreamClient(serve(fake_checkpoint(says("a"))).url).about()
     assert (about["model"], about["bounds"]["top_p"]["maximum"]) == ("fake", 1)
     with answers(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi") as url:
@@ -47,13 +47,13 @@ def test_the_service_tells_about_itself(serve: ServiceFactory) -> None:
             StreamClient(url).about()
 
 
-def test_messages_and_the_whole_reply_at_once(serve: ServiceFactory) -> None:
+def test_client_chat_takes_messages_and_returns_the_whole_reply(serve: ServiceFactory) -> None:
     client = StreamClient(serve(fake_checkpoint(says("ab"))).url + "/")
     assert client.chat([{"role": "user", "content": "hi"}])["response"] == "ab"
 
 
 @pytest.mark.parametrize("way", ["with", "close"])
-def test_leaving_the_iterator_stops_the_generation(serve: ServiceFactory, way: str) -> None:
+def test_closing_a_reply_of_the_client_aborts_its_request(serve: ServiceFactory, way: str) -> None:
     gate = Gate(says("a" * 400))
     service = serve(fake_checkpoint(gate))
     reply = StreamClient(service.url).stream("hi")
@@ -72,7 +72,7 @@ def test_leaving_the_iterator_stops_the_generation(serve: ServiceFactory, way: s
     assert request.finish_reason is FinishReason.ABORT
 
 
-def test_a_refusal_is_raised_before_anything_is_read(serve: ServiceFactory) -> None:
+def test_client_stream_raises_at_once_for_a_rejected_request(serve: ServiceFactory) -> None:
     client = StreamClient(serve(fake_checkpoint(says("a"))).url)
     with pytest.raises(StreamError, match="did you mean temperature") as error:
         client.stream("hi", temprature=1)
@@ -80,7 +80,7 @@ def test_a_refusal_is_raised_before_anything_is_read(serve: ServiceFactory) -> N
     assert error.value.request_id
 
 
-def test_an_error_frame_is_raised_with_what_had_come(serve: ServiceFactory) -> None:
+def test_the_client_raises_an_error_event_with_the_text_so_far(serve: ServiceFactory) -> None:
     def next_id(ids: list[int]) -> int:
         if bytes(ids[-2:]) == b"ab":
             raise RuntimeError
@@ -96,14 +96,14 @@ def test_an_error_frame_is_raised_with_what_had_come(serve: ServiceFactory) -> N
 @pytest.mark.parametrize(
     "data",
     [
-        HEAD + START + DELTA,  # cut without a final chunk
-        HEAD + START + DELTA + b"0\r\n\r\n",  # ended as if complete, but with no "end"
+        HEAD + START + DELTA,  # cut before the final chunk
+        HEAD + START + DELTA + b"0\r\n\r\n",  # a final chunk, but no "end" event
         HEAD + START + DELTA + b"30\r\n{half",  # cut inside a chunk
         HEAD + START + DELTA + chunk('{"event": nonsense}\n') + b"0\r\n\r\n",
     ],
     ids=["no final chunk", "no end", "inside a chunk", "not JSON"],
 )
-def test_a_cut_stream_never_looks_complete(data: bytes) -> None:
+def test_a_cut_stream_never_looks_complete_to_the_client(data: bytes) -> None:
     with answers(data) as url:
         reply = StreamClient(url).stream("hi")
         received = []
@@ -112,7 +112,7 @@ def test_a_cut_stream_never_looks_complete(data: bytes) -> None:
         assert error.value.text == "abc"
 
 
-def test_a_service_that_is_away_or_is_no_such_service_is_a_clear_error() -> None:
+def test_the_client_reports_an_unreachable_or_wrong_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         free = listening.getsockname()[1]
     with pytest.raises(StreamError, match="cannot reach"):
@@ -135,7 +135,7 @@ def test_importing_the_client_loads_neither_flask_nor_torch() -> None:
     assert result.stdout.strip() == "[]"
 
 
-def test_a_loopback_address_is_never_asked_for_through_a_proxy(
+def test_the_client_uses_no_proxy_for_loopback_addresses(
     serve: ServiceFactory, proxy_that_is_away: None
 ) -> None:
     url = serve(fake_checkpoint(says("abc"))).url
@@ -145,10 +145,10 @@ def test_a_loopback_address_is_never_asked_for_through_a_proxy(
         StreamClient("http://llm.example").about()
 
 
-def test_going_past_the_proxy_leaves_the_environment_alone(
+def test_the_client_bypasses_a_proxy_without_changing_the_environment(
     serve: ServiceFactory, proxy_that_is_away: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other threads read it at the same time."""
+    """Other threads read the environment at the same time."""
 
     class Watched(dict[str, str]):
         def __setitem__(self, key: str, value: str) -> None:

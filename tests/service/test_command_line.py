@@ -1,4 +1,4 @@
-"""The flags, and what becomes of them."""
+"""The service's command line: its flags, its mistakes, and what the service prints at start."""
 
 import re
 import signal
@@ -21,7 +21,7 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLAMA3_API_KEY", raising=False)
 
 
-def test_keys_come_from_flags_the_environment_and_a_file(
+def test_api_keys_come_from_flags_the_environment_and_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "keys"
@@ -44,13 +44,13 @@ def test_keys_come_from_flags_the_environment_and_a_file(
         (["-H", "0.0.0.0", "--allow-host", "my.example"], LOOPBACK_NAMES | {"my.example"}),
     ],
 )
-def test_which_hosts_are_answered_follows_from_where_it_listens(
+def test_the_listening_address_and_allow_host_decide_the_allowed_hosts(
     arguments: list[str], hosts: set[str] | None
 ) -> None:
     assert parse_arguments(arguments).settings.allowed_hosts == hosts
 
 
-def test_a_device_map_is_a_word_or_a_file(
+def test_a_device_map_is_a_word_or_a_json_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert parse_arguments(["--device-map", "balanced"]).device_map == "balanced"
@@ -78,7 +78,7 @@ def test_a_device_map_is_a_word_or_a_file(
         (["--device-map", "auto", "--device", "cpu"], "cannot be combined"),
     ],
 )
-def test_a_wrong_flag_is_one_clear_sentence(
+def test_a_wrong_flag_ends_the_command_with_status_2_and_a_clear_message(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as end:
@@ -87,16 +87,14 @@ def test_a_wrong_flag_is_one_clear_sentence(
     assert words in capsys.readouterr().err
 
 
-def test_an_empty_file_of_keys_does_not_open_the_door(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_key_file_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "keys").write_text("\n")
     with pytest.raises(SystemExit):
         parse_arguments(["--api-key-file", str(tmp_path / "keys")])
     assert "contains no key" in capsys.readouterr().err
 
 
-def test_an_empty_key_in_the_environment_does_not_open_the_door(
+def test_an_empty_key_in_the_environment_is_rejected(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LLAMA3_API_KEY", " ")
@@ -107,22 +105,22 @@ def test_an_empty_key_in_the_environment_does_not_open_the_door(
     assert parse_arguments([]).settings.api_keys == ("k",)
 
 
-Welcome = Callable[[list[str], Checkpoint], str]
+OutputOf = Callable[[list[str], Checkpoint], str]
 
 
 @pytest.fixture
-def welcome(capsys: pytest.CaptureFixture[str]) -> Iterator[Welcome]:
-    """Return what the command prints when the model is loaded; its engine has drained already."""
+def output_of(capsys: pytest.CaptureFixture[str]) -> Iterator[OutputOf]:
+    """Serve with a drained engine, which ends at once, and return what the service printed."""
     handlers = {number: signal.getsignal(number) for number in (SIGHUP, SIGINT, SIGTERM)}
 
-    def printed(arguments: list[str], checkpoint: Checkpoint) -> str:
+    def serve_and_read(arguments: list[str], checkpoint: Checkpoint) -> str:
         engine = engine_of(checkpoint, slots=1)
         engine.drain(0)
         server = llama3_service.listen(parse_arguments(["-P", "0"]))
         assert llama3_service.serve(parse_arguments(arguments), server, engine) == 0
         return capsys.readouterr().out
 
-    yield printed
+    yield serve_and_read
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -136,25 +134,25 @@ def welcome(capsys: pytest.CaptureFixture[str]) -> Iterator[Welcome]:
         ([], False),
     ],
 )
-def test_a_service_without_a_key_that_others_can_reach_prints_a_warning(
-    arguments: list[str], is_warned: bool, welcome: Welcome
+def test_a_service_without_a_key_warns_if_other_machines_can_reach_it(
+    arguments: list[str], is_warned: bool, output_of: OutputOf
 ) -> None:
-    assert ("WARNING" in welcome(arguments, fake_checkpoint(says("")))) == is_warned
+    assert ("WARNING" in output_of(arguments, fake_checkpoint(says("")))) == is_warned
 
 
 @pytest.mark.parametrize(
-    ("host", "goes_past"),
+    ("host", "bypasses_proxy"),
     [("127.0.0.1", True), ("::1", True), ("0.0.0.0", True), ("10.0.0.1", False)],
 )
-def test_the_first_thing_to_try_goes_past_a_proxy_to_this_machine(
-    host: str, goes_past: bool, welcome: Welcome, proxy_that_is_away: None
+def test_the_printed_curl_command_bypasses_a_proxy_to_this_machine(
+    host: str, bypasses_proxy: bool, output_of: OutputOf, proxy_that_is_away: None
 ) -> None:
-    printed = welcome(["-H", host], fake_checkpoint(says("")))
-    assert ("--noproxy '*'" in printed) == goes_past
+    printed = output_of(["-H", host], fake_checkpoint(says("")))
+    assert ("--noproxy '*'" in printed) == bypasses_proxy
 
 
-def test_the_first_thing_to_try_is_what_the_model_can_do(welcome: Welcome) -> None:
-    chats = fake_checkpoint(says(""))
-    assert re.search(r"curl .* http://127\.0\.0\.1:\d+/stream\n", welcome([], chats))
+def test_the_printed_curl_command_fits_the_model(output_of: OutputOf) -> None:
+    chat_model = fake_checkpoint(says(""))
+    assert re.search(r"curl .* http://127\.0\.0\.1:\d+/stream\n", output_of([], chat_model))
     base = Checkpoint.of(FakeModel(says("")), byte_tokenizer(chat_template=None))
-    assert re.search(r"curl .* http://127\.0\.0\.1:\d+/v1/completions\n", welcome([], base))
+    assert re.search(r"curl .* http://127\.0\.0\.1:\d+/v1/completions\n", output_of([], base))

@@ -1,4 +1,4 @@
-"""Those who have left are noticed once, and the others not at all."""
+"""`DisconnectWatcher` calls back once for each client that has left."""
 
 import threading
 
@@ -7,7 +7,7 @@ from support.waiting import wait_for
 from stream_service.disconnect import DisconnectWatcher
 
 
-def test_only_those_who_left_are_called_back_and_only_once() -> None:
+def test_the_watcher_calls_back_once_and_only_for_clients_that_left() -> None:
     watcher = DisconnectWatcher(interval=0.001)
     calls: list[str] = []
     left, asked_again = threading.Event(), threading.Semaphore(0)
@@ -22,18 +22,18 @@ def test_only_those_who_left_are_called_back_and_only_once() -> None:
         called.set()
 
     watcher.watch(stays, lambda: leave("stays"))
-    watcher.watch(left.is_set, lambda: leave("leaver"))
+    watcher.watch(left.is_set, lambda: leave("leaves"))
     unwatch = watcher.watch(left.is_set, lambda: leave("unwatched"))
     unwatch()
     unwatch()
     left.set()
     wait_for(called)
-    for _ in range(5):  # several rounds later
+    for _ in range(5):  # give the watcher several more rounds
         wait_for(asked_again)
-    assert calls == ["leaver"]
+    assert calls == ["leaves"]
 
 
-def test_one_that_raises_does_not_end_the_watch() -> None:
+def test_a_check_that_raises_does_not_end_the_watcher() -> None:
     watcher = DisconnectWatcher(interval=0.001)
     called = threading.Event()
 

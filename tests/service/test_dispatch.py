@@ -1,4 +1,4 @@
-"""Places are counted before any work, and each is given back once."""
+"""`Dispatcher` limits the open requests, finds them by id, and aborts them."""
 
 import threading
 from collections.abc import Iterator
@@ -22,23 +22,23 @@ def engine() -> Iterator[Engine]:
     engine.close()
 
 
-def test_one_more_than_there_are_places_is_refused_before_it_is_looked_at(engine: Engine) -> None:
+def test_a_request_over_the_limit_is_rejected_until_another_is_released(engine: Engine) -> None:
     dispatcher = Dispatcher(engine)
-    places = [dispatcher.admit(str(n), None) for n in range(4)]
+    admissions = [dispatcher.admit(str(n), None) for n in range(4)]
     with pytest.raises(QueueFull, match="4 requests are open"):
         dispatcher.admit("x", None)
-    places[0].release()
-    places[0].release()
+    admissions[0].release()
+    admissions[0].release()
     dispatcher.admit("x", None)
     with pytest.raises(QueueFull):
         dispatcher.admit("y", None)
 
 
-def test_ten_thousand_who_race_never_hold_more_places_than_there_are(engine: Engine) -> None:
+def test_ten_thousand_racing_requests_never_exceed_the_limit(engine: Engine) -> None:
     dispatcher = Dispatcher(engine)
     counting = threading.Lock()
-    held = 0  # at least so many places are taken
-    most, refused = [], []
+    held = 0  # never above the number of open requests
+    counts, rejected = [], []
 
     def count(change: int) -> int:
         nonlocal held
@@ -51,9 +51,9 @@ def test_ten_thousand_who_race_never_hold_more_places_than_there_are(engine: Eng
             try:
                 admission = dispatcher.admit(f"{number}-{n}", None)
             except QueueFull:
-                refused.append(1)
+                rejected.append(1)
                 continue
-            most.append(count(1))
+            counts.append(count(1))
             count(-1)
             admission.release()
 
@@ -62,31 +62,31 @@ def test_ten_thousand_who_race_never_hold_more_places_than_there_are(engine: Eng
         thread.start()
     for thread in threads:
         wait_for(thread)
-    assert len(most) + len(refused) == 10_000
-    assert max(most) <= 4
+    assert len(counts) + len(rejected) == 10_000
+    assert max(counts) <= 4
     assert free_places(dispatcher) == 4
 
 
-def test_an_id_names_one_request_at_a_time(engine: Engine) -> None:
+def test_an_id_belongs_to_at_most_one_open_request(engine: Engine) -> None:
     dispatcher = Dispatcher(engine)
     first = dispatcher.admit("same", None)
     with pytest.raises(DuplicateRequest, match="same"):
         dispatcher.admit("same", None)
     first.release()
     dispatcher.admit("same", None)
-    first.release()  # again, late: the place of the second stays
+    first.release()  # a late second release keeps the newer request open
     with pytest.raises(DuplicateRequest):
         dispatcher.admit("same", None)
 
 
-def test_nothing_is_taken_in_once_the_engine_drains(engine: Engine) -> None:
+def test_the_dispatcher_admits_no_request_while_the_engine_drains(engine: Engine) -> None:
     dispatcher = Dispatcher(engine)
     engine.drain(60)
     with pytest.raises(EngineClosed, match="accepts no requests"):
         dispatcher.admit("x", None)
 
 
-def test_a_stop_that_comes_before_the_prompt_is_ready_ends_it_all_the_same() -> None:
+def test_an_abort_before_the_prompt_is_submitted_still_aborts_the_request() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=1)
     dispatcher = Dispatcher(engine)
     admission = dispatcher.admit("early", None)
@@ -97,7 +97,7 @@ def test_a_stop_that_comes_before_the_prompt_is_ready_ends_it_all_the_same() -> 
     assert stream.request.output_ids == []
 
 
-def test_when_to_try_again_follows_from_how_long_requests_take() -> None:
+def test_retry_after_depends_on_how_long_requests_take() -> None:
     gate = Gate(says("abc"))
     engine = engine_of(fake_checkpoint(gate), slots=2).start()
     dispatcher = Dispatcher(engine)

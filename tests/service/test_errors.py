@@ -1,4 +1,4 @@
-"""What the service answers to failures and to requests that it cannot serve."""
+"""The service's answers to failures and to requests that it cannot serve."""
 
 import json
 import threading
@@ -32,7 +32,7 @@ def failing_after(tokens: int) -> Any:
     return next_id
 
 
-def test_a_failing_prefill_is_a_true_500_in_plain_text_and_in_chat(serve: ServiceFactory) -> None:
+def test_a_failing_prefill_gives_status_500_in_text_and_chat(serve: ServiceFactory) -> None:
     url = serve(fake_checkpoint(failing_after(0))).url
     for path in ("/stream", "/chat"):
         response = post(url, path, query="fail")
@@ -41,7 +41,7 @@ def test_a_failing_prefill_is_a_true_500_in_plain_text_and_in_chat(serve: Servic
         assert post(url, path).status_code == 200, "the next request is served"
 
 
-def test_a_failure_in_mid_stream_never_looks_like_an_end(serve: ServiceFactory) -> None:
+def test_a_failure_in_mid_stream_never_looks_like_a_finished_reply(serve: ServiceFactory) -> None:
     url = serve(fake_checkpoint(failing_after(3))).url
     for accept, read in ((FORMS[1], ndjson), (FORMS[2], sse)):
         events = read(post(url, accept=accept, query="fail"))
@@ -57,7 +57,7 @@ def test_a_failure_in_mid_stream_never_looks_like_an_end(serve: ServiceFactory) 
     assert post(url).text == "abcdef"
 
 
-def test_a_full_queue_answers_429(serve: ServiceFactory) -> None:
+def test_a_full_queue_gives_status_429(serve: ServiceFactory) -> None:
     gate = Gate(says("a"))
     service = serve(fake_checkpoint(gate), max_waiting=1, slots=1)
     threads = []
@@ -68,8 +68,8 @@ def test_a_full_queue_answers_429(serve: ServiceFactory) -> None:
             wait_for(gate.arrived)
     wait_for(lambda: service.engine.waiting, service.engine)
     for accept in FORMS:
-        refused = post(service.url, accept=accept)
-        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        rejected = post(service.url, accept=accept)
+        assert (rejected.status_code, rejected.json()["error"]["code"]) == (429, "queue_full")
     gate.allow(10)
     for thread in threads:
         wait_for(thread)
@@ -91,14 +91,14 @@ def url() -> Iterator[str]:
         ("DELETE", "/chat", 405),
     ],
 )
-def test_every_route_answers_errors_in_the_same_shape(
+def test_a_wrong_path_or_method_gives_an_error_in_the_usual_format(
     url: str, method: str, path: str, status: int
 ) -> None:
     assert_error_shape(requests.request(method, url + path, timeout=TIMEOUT), status)
 
 
 @pytest.mark.parametrize("path", ["/stream", "/chat"])
-def test_malformed_input_gets_an_error_and_the_next_request_works(url: str, path: str) -> None:
+def test_a_malformed_body_gives_an_error_and_the_next_request_works(url: str, path: str) -> None:
     def send(data: bytes, content_type: str | None = "application/json", **headers: str) -> Any:
         if content_type:
             headers["Content-Type"] = content_type
@@ -128,7 +128,7 @@ def test_malformed_input_gets_an_error_and_the_next_request_works(url: str, path
     assert "ok" in send(b'{"query": "a"}', "application/json; charset=utf-8").text
 
 
-def test_the_index_has_what_the_chat_page_needs(url: str) -> None:
+def test_the_index_route_has_what_the_chat_page_needs(url: str) -> None:
     index = requests.get(url, timeout=TIMEOUT).json()
     assert (index["message"], index["success"]) == ("started", True)
     assert index["model"] == "fake"
@@ -139,14 +139,14 @@ def test_the_index_has_what_the_chat_page_needs(url: str) -> None:
     assert requests.post(url + "/clear", timeout=TIMEOUT).json() == {"success": True}
 
 
-def test_health_is_503_when_the_engine_has_closed(serve: ServiceFactory) -> None:
+def test_health_gives_status_503_after_the_engine_has_closed(serve: ServiceFactory) -> None:
     service = serve(fake_checkpoint(says("a")))
     service.engine.close()
     assert requests.get(service.url + "/health", timeout=TIMEOUT).status_code == 503
     assert_error_shape(post(service.url), 503)
 
 
-def test_every_error_of_the_project_has_an_answer_and_none_is_long() -> None:
+def test_every_exception_of_the_project_has_a_status_and_a_short_message() -> None:
     def classes(base: type) -> Iterator[type]:
         yield base
         for sub in base.__subclasses__():

@@ -1,4 +1,4 @@
-"""A request that fails fails alone, at whatever token, and never looks like one that ended well."""
+"""A request that fails at any token fails alone, and its reply never looks complete."""
 
 import json
 import random
@@ -32,8 +32,8 @@ FORMS = {
 }
 
 
-def fails_where_it_is_told(ids: list[int]) -> int:
-    """A user who says "fail 7." gets seven tokens, and then a fault."""
+def fails_as_the_prompt_says(ids: list[int]) -> int:
+    """A prompt with "fail 7." gets seven tokens, and then a failure."""
     prompt = bytes(i for i in ids if i < 256).decode(errors="replace")
     if is_complete_prompt(ids) and "fail " in prompt:
         at = int(prompt.partition("fail ")[2].partition(".")[0])
@@ -44,7 +44,7 @@ def fails_where_it_is_told(ids: list[int]) -> int:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[RunningService]:
-    with running_service(fake_checkpoint(fails_where_it_is_told), max_waiting=32) as running:
+    with running_service(fake_checkpoint(fails_as_the_prompt_says), max_waiting=32) as running:
         yield running
 
 
@@ -57,7 +57,7 @@ def ask(service: RunningService, form: str, query: str) -> requests.Response:
 
 
 def received(response: requests.Response) -> tuple[str, bool]:
-    """The body as far as it came, and whether the connection broke off in it."""
+    """Return the body that arrived, and whether the connection broke off before its end."""
     data = b""
     try:
         for part in response.iter_content(None):
@@ -67,8 +67,8 @@ def received(response: requests.Response) -> tuple[str, bool]:
     return data.decode(), False
 
 
-def told(form: str, response: requests.Response, tokens: int) -> None:
-    """That a reply failed after so many tokens must be plain in each form."""
+def assert_failure_reported(form: str, response: requests.Response, tokens: int) -> None:
+    """Check that an answer in this form reports a failure after this many tokens."""
     text, broke_off = received(response)
     assert "secret" not in text
     if form in ("chat", "openai") or (form == "text" and tokens == 0):
@@ -77,7 +77,7 @@ def told(form: str, response: requests.Response, tokens: int) -> None:
         return
     assert response.status_code == 200
     if form == "text":
-        assert broke_off, "as if it were complete"
+        assert broke_off, "the answer looks complete"
         assert text == REPLY[:tokens]
         return
     assert not broke_off
@@ -95,10 +95,10 @@ def told(form: str, response: requests.Response, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_fault_at_any_token_fails_that_request_alone(service: RunningService, form: str) -> None:
-    def one(tokens: int) -> None:
+def test_a_failure_at_any_token_hits_only_its_request(service: RunningService, form: str) -> None:
+    def fail(tokens: int) -> None:
         with ask(service, form, f"fail {tokens}.") as response:
-            told(form, response, tokens)
+            assert_failure_reported(form, response, tokens)
 
     def neighbour(number: int) -> str:
         with ask(service, "text", f"neighbour {number}") as response:
@@ -106,7 +106,7 @@ def test_a_fault_at_any_token_fails_that_request_alone(service: RunningService, 
 
     with ThreadPoolExecutor(4) as pool:
         neighbours = pool.map(neighbour, range(20))
-        list(pool.map(one, range(65)))
+        list(pool.map(fail, range(65)))
         assert list(neighbours) == [REPLY] * 20
     assert service.engine.life.is_accepting
 
@@ -115,16 +115,16 @@ def wait_until_idle(engine: Engine) -> None:
     wait_for(lambda: not engine.requests, engine)
 
 
-def descriptors() -> int:
+def open_files() -> int:
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-def test_two_hundred_who_leave_at_random_leave_nothing_behind(serve: ServiceFactory) -> None:
+def test_two_hundred_clients_that_leave_at_random_leak_nothing(serve: ServiceFactory) -> None:
     service = serve(fake_checkpoint(says(REPLY * 5)), slots=4, max_waiting=28)
     rng = random.Random(0)
     forms = list(FORMS)
 
-    def come_and_go(number: int) -> None:
+    def leave_at_random(number: int) -> None:
         form, patience = rng.choice(forms), rng.random()
         path, body, accept = FORMS[form]
         body = json.loads(json.dumps(body).replace("%s", "hi"))
@@ -141,25 +141,25 @@ def test_two_hundred_who_leave_at_random_leave_nothing_behind(serve: ServiceFact
 
     ask(service, "text", "hi").close()
     wait_until_idle(service.engine)
-    threads, files = threading.active_count(), descriptors()
+    num_threads, num_files = threading.active_count(), open_files()
     with ThreadPoolExecutor(16) as pool:
-        list(pool.map(come_and_go, range(200)))
+        list(pool.map(leave_at_random, range(200)))
     wait_until_idle(service.engine)
     assert free_slots(service.engine) == 4
 
     def is_as_before() -> bool:
-        """A place is given back when waitress has closed the answer, soon after the reply ends."""
+        """A request is released when waitress closes its answer, soon after the reply ends."""
         assert requests.get(f"{service.url}/ready", timeout=TIMEOUT).status_code == 200
-        return service.has_all_places_free and descriptors() <= files
+        return service.has_all_places_free and open_files() <= num_files
 
     wait_for(is_as_before)
-    assert threading.active_count() == threads
+    assert threading.active_count() == num_threads
     with ask(service, "chat", "hi") as response:
         assert response.json()["response"] == REPLY * 5
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_reply_that_ends_well_says_so_in_each_form(service: RunningService, form: str) -> None:
+def test_each_form_marks_a_complete_reply_as_complete(service: RunningService, form: str) -> None:
     with ask(service, form, "hi") as response:
         text, broke_off = received(response)
     assert response.status_code == 200

@@ -1,4 +1,4 @@
-"""Who may ask: keys on every route, hosts, and the origins of pages."""
+"""API keys, host names and origins: which requests the service accepts."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from support.fakes import fake_checkpoint, says
 from stream_service.app import create_app
 from stream_service.settings import ServiceSettings
 
-OPEN = {"/health", "/ready"}
+PATHS_WITHOUT_KEY = {"/health", "/ready"}
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def engine() -> Iterator[object]:
 
 
 def routes(app: Flask) -> list[tuple[str, str]]:
-    """Every method and path there is, and one that is not."""
+    """The methods and paths of all routes, and two unknown paths."""
     found = [
         (method, rule.rule.replace("<request_id>", "x").replace("<path:name>", "x"))
         for rule in app.url_map.iter_rules()
@@ -37,13 +37,13 @@ def routes(app: Flask) -> list[tuple[str, str]]:
     [None, "Bearer wrong", "Bearer ", "Basic right", "right", "Bearer RIGHT", "Bearer right x",
      "Bearer righté"],
 )  # fmt: skip
-def test_no_route_answers_without_a_key(engine: object, header: str | None) -> None:
+def test_only_health_and_ready_answer_without_a_key(engine: object, header: str | None) -> None:
     app = create_app(engine, ServiceSettings(api_keys=("right", "second")))
     client = app.test_client()
     headers = {"Authorization": header} if header else {}
     for method, path in routes(app):
         response = client.open(path, method=method, headers=headers)
-        if path in OPEN:
+        if path in PATHS_WITHOUT_KEY:
             assert response.status_code == 200, path
         else:
             assert response.status_code == 401, (method, path)
@@ -54,7 +54,7 @@ def test_no_route_answers_without_a_key(engine: object, header: str | None) -> N
 
 
 @pytest.mark.parametrize("key", ["right", "second"])
-def test_each_key_opens_every_route(engine: object, key: str) -> None:
+def test_each_key_gives_access_to_every_route(engine: object, key: str) -> None:
     app = create_app(engine, ServiceSettings(api_keys=("right", "second")))
     client = app.test_client()
     for method, path in routes(app):
@@ -74,7 +74,7 @@ def client_for(engine: object, **settings: object) -> FlaskClient:
         ("127.0.0.1.evil.example", 403), ("", 403),
     ],
 )  # fmt: skip
-def test_a_page_cannot_come_in_by_a_name_of_its_own(engine: object, host: str, status: int) -> None:
+def test_only_allowed_host_names_are_accepted(engine: object, host: str, status: int) -> None:
     client = client_for(engine, allowed_hosts=frozenset({"localhost", "127.0.0.1", "[::1]"}))
     response = client.get("/", headers={"Host": host})
     assert response.status_code == status
@@ -82,17 +82,17 @@ def test_a_page_cannot_come_in_by_a_name_of_its_own(engine: object, host: str, s
         assert response.json["error"]["code"] == "not_allowed"
 
 
-def test_without_a_list_every_host_is_answered(engine: object) -> None:
+def test_without_allowed_hosts_every_host_name_is_accepted(engine: object) -> None:
     assert client_for(engine).get("/", headers={"Host": "any.example"}).status_code == 200
 
 
-def test_pages_of_the_named_origins_alone_may_ask(engine: object) -> None:
+def test_cors_headers_allow_only_the_configured_origins(engine: object) -> None:
     client = client_for(engine, cors_origins=("https://a.example",), api_keys=("k",))
     preflight = {"Access-Control-Request-Method": "POST"}
     allow = "Access-Control-Allow-Origin"
-    asked = client.options("/stream", headers={"Origin": "https://a.example", **preflight})
-    assert asked.status_code == 200
-    assert asked.headers[allow] == "https://a.example"
+    allowed = client.options("/stream", headers={"Origin": "https://a.example", **preflight})
+    assert allowed.status_code == 200
+    assert allowed.headers[allow] == "https://a.example"
     other = client.options("/stream", headers={"Origin": "https://b.example", **preflight})
     assert allow not in other.headers
     answer = client.get("/", headers={"Origin": "https://a.example", "Authorization": "Bearer k"})
@@ -110,7 +110,7 @@ def test_pages_of_the_named_origins_alone_may_ask(engine: object) -> None:
         {"api_keys": ("a\nb",)},
     ],
 )
-def test_what_must_not_go_together_is_refused_at_start(settings: dict[str, object]) -> None:
+def test_settings_reject_bad_keys_and_keys_with_cors_for_all(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"\*|API key"):
         ServiceSettings(**settings)
 
@@ -118,22 +118,22 @@ def test_what_must_not_go_together_is_refused_at_start(settings: dict[str, objec
 @pytest.mark.parametrize(
     "origin", [".*", "https://*.example.com", "https://a.example/", "a.example"]
 )
-def test_what_is_no_origin_is_refused_at_start(origin: str) -> None:
+def test_settings_reject_a_cors_origin_that_is_no_origin(origin: str) -> None:
     with pytest.raises(ValueError, match="is not an origin"):
         ServiceSettings(cors_origins=(origin,))
     ServiceSettings(cors_origins=("https://a.example", "http://localhost:3000", "null"))
 
 
-def test_a_page_of_another_site_cannot_even_send_what_needs_no_permission(engine: object) -> None:
+def test_a_post_from_an_origin_that_is_not_allowed_is_rejected(engine: object) -> None:
     client = client_for(engine, cors_origins=("https://mine.example",))
     for origin, status in (
         ("https://evil.example", 403), ("null", 403), ("https://mine.example", 200),
-        ("http://localhost", 200),  # the service's own
+        ("http://localhost", 200),  # the service's own origin
     ):  # fmt: skip
         assert client.post("/clear", headers={"Origin": origin}).status_code == status, origin
 
 
-def test_those_who_watch_over_it_may_come_by_any_name(engine: object) -> None:
+def test_health_and_ready_accept_any_host_name(engine: object) -> None:
     client = client_for(engine, allowed_hosts=frozenset({"localhost"}))
-    for path in OPEN:
+    for path in PATHS_WITHOUT_KEY:
         assert client.get(path, headers={"Host": "10.0.0.7:8800"}).status_code == 200

@@ -1,4 +1,4 @@
-"""Bodies and requests that mean harm, or are just broken: never a 5xx, and the next one works."""
+"""Hostile or broken requests never give a 5xx status, and the next request works."""
 
 import contextlib
 import itertools
@@ -88,28 +88,28 @@ def check(client: FlaskClient, path: str, body: bytes, content_type: str) -> int
     return response.status_code
 
 
-def works(client: FlaskClient, path: str) -> bool:
+def serves_a_valid_request(client: FlaskClient, path: str) -> bool:
     response = client.post(path, json=ROUTES[path][1], buffered=True)
-    # The fake model says nothing to a prompt that is no chat.
+    # The fake model says "ok" only in chats.
     return response.status_code == 200 and (b"ok" in response.data or path == "/v1/completions")
 
 
-def test_the_corpus_is_large_enough() -> None:
+def test_the_corpus_of_bad_bodies_has_more_than_4000_entries() -> None:
     assert sum(len(list(corpus(path))) for path in ROUTES) > 4000
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_no_body_breaks_a_route_and_the_next_request_works(client: FlaskClient, path: str) -> None:
+def test_every_route_survives_bad_bodies(client: FlaskClient, path: str) -> None:
     for body in NEVER_VALID:
         assert check(client, path, body, "application/json") == 400, body[:100]
     statuses = {check(client, path, body, "application/json") for body in corpus(path)}
     assert statuses <= {200, 400, 404}
     assert 400 in statuses
-    assert works(client, path)
+    assert serves_a_valid_request(client, path)
 
 
 @pytest.mark.parametrize("path", ROUTES)
-def test_no_mutilated_body_breaks_a_route(client: FlaskClient, path: str) -> None:
+def test_every_route_survives_randomly_damaged_bodies(client: FlaskClient, path: str) -> None:
     rng = random.Random(path)
     good = json.dumps({**ROUTES[path][1], "max_tokens": 2, "stop": ["x"], "seed": 7}).encode()
     for _ in range(1500):
@@ -124,7 +124,7 @@ def test_no_mutilated_body_breaks_a_route(client: FlaskClient, path: str) -> Non
                 case 2:
                     body[place:place] = rng.choice([b'"', b"{", b"[", b"\\", b"1e9", b"\xff", b","])
         check(client, path, bytes(body), "application/json")
-    assert works(client, path)
+    assert serves_a_valid_request(client, path)
 
 
 @pytest.mark.parametrize(
@@ -132,13 +132,13 @@ def test_no_mutilated_body_breaks_a_route(client: FlaskClient, path: str) -> Non
     ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
      "application/jsonx", "application/json\x00", "x" * 5000, "application/xml"],
 )  # fmt: skip
-def test_another_content_type_is_415(client: FlaskClient, content_type: str) -> None:
+def test_a_wrong_content_type_gives_status_415(client: FlaskClient, content_type: str) -> None:
     for path in ROUTES:
         assert check(client, path, b'{"query":"hi"}', content_type) == 415
-        assert works(client, path)
+        assert serves_a_valid_request(client, path)
 
 
-# Below HTTP: what one server might read as one request, and another as two
+# Bytes that one server might read as one request, and another server as two
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +151,11 @@ BODY = b'{"query":"hi"}'
 JSON = b"Content-Type: application/json\r\n"
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
-AS_CHUNKS = b"e\r\n" + BODY + b"\r\n0\r\n\r\n"
-TWO_READINGS = {
-    "length and chunked": (LENGTH + CHUNKED, AS_CHUNKS),
-    "chunked and length": (CHUNKED + LENGTH, AS_CHUNKS),
-    "chunked and length 0": (CHUNKED + b"Content-Length: 0\r\n", AS_CHUNKS),
+CHUNKED_BODY = b"e\r\n" + BODY + b"\r\n0\r\n\r\n"
+AMBIGUOUS_REQUESTS = {
+    "length and chunked": (LENGTH + CHUNKED, CHUNKED_BODY),
+    "chunked and length": (CHUNKED + LENGTH, CHUNKED_BODY),
+    "chunked and length 0": (CHUNKED + b"Content-Length: 0\r\n", CHUNKED_BODY),
     "two lengths": (LENGTH + b"Content-Length: 5\r\n", BODY),
     "two equal lengths": (LENGTH + LENGTH, BODY),
     "a list of lengths": (b"Content-Length: 14, 14\r\n", BODY),
@@ -163,16 +163,16 @@ TWO_READINGS = {
     "a negative length": (b"Content-Length: -1\r\n", BODY),
     "a length in hexadecimal": (b"Content-Length: 0xe\r\n", BODY),
     "a length with an underscore": (b"Content-Length: 1_4\r\n", BODY),
-    "a length that is none": (b"Content-Length: fourteen\r\n", BODY),
+    "a length that is no number": (b"Content-Length: fourteen\r\n", BODY),
     "a length in other digits": ("Content-Length: １４\r\n".encode(), BODY),
-    "chunked twice": (CHUNKED + CHUNKED, AS_CHUNKS),
-    "chunked, and identity": (b"Transfer-Encoding: chunked, identity\r\n", AS_CHUNKS),
-    "an unknown encoding": (b"Transfer-Encoding: xchunked\r\n", AS_CHUNKS),
-    "a quoted encoding": (b'Transfer-Encoding: "chunked"\r\n', AS_CHUNKS),
-    "gzip": (b"Transfer-Encoding: gzip, chunked\r\n", AS_CHUNKS),
-    "a vertical tab in the encoding": (b"Transfer-Encoding: \x0bchunked\r\n", AS_CHUNKS),
+    "chunked twice": (CHUNKED + CHUNKED, CHUNKED_BODY),
+    "chunked, and identity": (b"Transfer-Encoding: chunked, identity\r\n", CHUNKED_BODY),
+    "an unknown encoding": (b"Transfer-Encoding: xchunked\r\n", CHUNKED_BODY),
+    "a quoted encoding": (b'Transfer-Encoding: "chunked"\r\n', CHUNKED_BODY),
+    "gzip": (b"Transfer-Encoding: gzip, chunked\r\n", CHUNKED_BODY),
+    "a vertical tab in the encoding": (b"Transfer-Encoding: \x0bchunked\r\n", CHUNKED_BODY),
     "white space before the colon": (b"Content-Length : 14\r\n", BODY),
-    "a header that is folded": (b"Content-Length:\r\n 14\r\n", BODY),
+    "a folded header": (b"Content-Length:\r\n 14\r\n", BODY),
     "a header with a bare CR": (b"X: a\rContent-Length: 14\r\n", BODY),
     "a header with a bare LF": (b"X: a\nContent-Length: 14\r\n", BODY),
     "a header with NUL": (b"X: a\x00b\r\n" + LENGTH, BODY),
@@ -182,25 +182,25 @@ TWO_READINGS = {
     "a chunk size with a sign": (CHUNKED, b"+e\r\n" + BODY + b"\r\n0\r\n\r\n"),
     "a chunk size with 0x": (CHUNKED, b"0xe\r\n" + BODY + b"\r\n0\r\n\r\n"),
     "a chunk size with an underscore": (CHUNKED, b"0_e\r\n" + BODY + b"\r\n0\r\n\r\n"),
-    "a chunk size that is none": (CHUNKED, b"xyz\r\n" + BODY + b"\r\n0\r\n\r\n"),
+    "a chunk size that is no number": (CHUNKED, b"xyz\r\n" + BODY + b"\r\n0\r\n\r\n"),
     "a negative chunk size": (CHUNKED, b"-1\r\n" + BODY + b"\r\n0\r\n\r\n"),
-    "a chunk that is longer": (CHUNKED, b"3\r\n" + BODY + b"\r\n0\r\n\r\n"),
+    "a chunk longer than its size": (CHUNKED, b"3\r\n" + BODY + b"\r\n0\r\n\r\n"),
     "a chunk ended by LF": (CHUNKED, b"e\r\n" + BODY + b"\n0\r\n\r\n"),
 }
 
 
-@pytest.mark.parametrize("kind", TWO_READINGS)
-def test_what_could_be_read_in_two_ways_is_refused_and_nothing_after_it_is_read(
+@pytest.mark.parametrize("kind", AMBIGUOUS_REQUESTS)
+def test_an_ambiguous_request_is_rejected_and_the_bytes_after_it_are_ignored(
     service: RunningService, kind: str
 ) -> None:
-    headers, body = TWO_READINGS[kind]
+    headers, body = AMBIGUOUS_REQUESTS[kind]
     where = urlsplit(service.url)
     smuggled = b"GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with socket.create_connection((where.hostname, where.port), timeout=TIMEOUT) as connection:
         connection.sendall(b"POST /chat HTTP/1.1\r\nHost: localhost\r\n" + JSON + headers + b"\r\n")
         connection.sendall(body + smuggled)
         answer = b""
-        with contextlib.suppress(ConnectionResetError):  # closed with our bytes unread
+        with contextlib.suppress(ConnectionResetError):  # the service left bytes unread
             while data := connection.recv(4096):
                 answer += data
     first = answer.partition(b"\r\n")[0]
@@ -209,7 +209,7 @@ def test_what_could_be_read_in_two_ways_is_refused_and_nothing_after_it_is_read(
     assert b'{"error"' in answer
 
 
-def test_the_body_limit_holds_however_the_length_is_said(service: RunningService) -> None:
+def test_the_body_limit_holds_for_plain_and_chunked_bodies(service: RunningService) -> None:
     where = urlsplit(service.url)
     over = 5 * 1024 * 1024
     for headers, body in (
@@ -219,7 +219,7 @@ def test_the_body_limit_holds_however_the_length_is_said(service: RunningService
         with socket.create_connection((where.hostname, where.port), timeout=TIMEOUT) as connection:
             connection.sendall(b"POST /chat HTTP/1.1\r\nHost: x\r\n" + JSON + headers + b"\r\n")
             answer = b""
-            # It does not wait for all of it.
+            # The service answers before it has read the whole body.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.sendall(body)
             with contextlib.suppress(ConnectionResetError):
@@ -228,7 +228,7 @@ def test_the_body_limit_holds_however_the_length_is_said(service: RunningService
         assert answer.startswith(b"HTTP/1.1 413"), answer[:100]
 
 
-def test_a_thousand_who_connect_and_say_nothing_keep_nobody_out() -> None:
+def test_a_thousand_idle_connections_do_not_block_a_request() -> None:
     with running_service(fake_checkpoint(says("ok"))) as service, contextlib.ExitStack() as stack:
         where = urlsplit(service.url)
         for number in range(1100):

@@ -1,4 +1,4 @@
-"""A client that leaves, stops its reply or stops reading ends the computation of its request."""
+"""The service aborts a request when its client leaves, stops it, or stops reading."""
 
 import socket
 import threading
@@ -24,15 +24,15 @@ from stream_service import server
 
 
 @pytest.mark.parametrize("accept", FORMS)
-def test_a_client_that_goes_away_stops_its_generation(serve: ServiceFactory, accept: str) -> None:
+def test_a_client_that_leaves_aborts_its_request(serve: ServiceFactory, accept: str) -> None:
     gate = Gate(says("a" * 400))
     service = serve(fake_checkpoint(gate))
     with raw_connection(service.url) as connection:
-        send_request(connection, accept, **{"X-Request-Id": "leaver"})
+        send_request(connection, accept, **{"X-Request-Id": "leaving"})
         gate.allow()
         read_until(connection, b"a")
-        request = service.request("leaver")
-    # The model stands in its second token now. It goes on only once the service has noticed.
+        request = service.request("leaving")
+    # The model waits in its second token until the service has noticed that the client left.
     service.wait_for_abort(request)
     gate.allow(1000)
     assert post(service.url, "/chat", max_new_tokens=1).json()["response"] == "a"
@@ -66,7 +66,7 @@ def test_a_waiting_request_whose_client_leaves_is_never_computed(
 
 
 @pytest.mark.parametrize("accept", FORMS)
-def test_a_stop_ends_the_reply_and_returns_the_text_so_far(
+def test_stop_aborts_a_reply_and_returns_its_text_so_far(
     serve: ServiceFactory, accept: str
 ) -> None:
     gate = Gate(says("abcdef"))
@@ -93,7 +93,7 @@ def test_a_stop_ends_the_reply_and_returns_the_text_so_far(
         assert b'"finish_reason":"abort"' in b"".join(received)
 
 
-def test_a_stop_reaches_a_waiting_request_and_an_unknown_id_is_404(serve: ServiceFactory) -> None:
+def test_stop_aborts_a_waiting_request_and_rejects_unknown_ids(serve: ServiceFactory) -> None:
     gate = Gate(says("ab"))
     service = serve(fake_checkpoint(gate), slots=1)
     first = threading.Thread(target=post, args=(service.url, "/chat"))
@@ -115,7 +115,7 @@ def test_a_stop_reaches_a_waiting_request_and_an_unknown_id_is_404(serve: Servic
     assert_error_shape(post(service.url, "/stop/waiter"), 404)
 
 
-def test_several_replies_are_stopped_together(serve: ServiceFactory) -> None:
+def test_stop_aborts_all_replies_of_a_request(serve: ServiceFactory) -> None:
     gate = Gate(says("abc"))
     service = serve(fake_checkpoint(gate))
     answers: list[Any] = []
@@ -139,19 +139,19 @@ def test_several_replies_are_stopped_together(serve: ServiceFactory) -> None:
     assert sum(len(c["message"]["content"]) for c in answers[0]["choices"]) <= 3
 
 
-def test_a_client_that_stops_reading_is_dropped_and_delays_no_other(
+def test_a_client_that_stops_reading_is_disconnected_and_delays_no_other_client(
     serve: ServiceFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stream_service.server.SILENT_READER_MS", 500)
     monkeypatch.setattr("stream_service.server.UNSENT_BYTES", 1)
     bind = server.bind
 
-    def bind_with_little_room(host: str, port: int) -> socket.socket:
+    def bind_with_a_small_buffer(host: str, port: int) -> socket.socket:
         listening = bind(host, port)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # inherited
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # connections inherit it
         return listening
 
-    monkeypatch.setattr(server, "bind", bind_with_little_room)
+    monkeypatch.setattr(server, "bind", bind_with_a_small_buffer)
     service = serve(fake_checkpoint(says("x" * 1900), context_length=2000), slots=2)
     silent = []
     for number in range(2):
@@ -163,10 +163,10 @@ def test_a_client_that_stops_reading_is_dropped_and_delays_no_other(
         silent.append(connection)
     assert post(service.url, "/chat", max_new_tokens=3).json()["response"] == "xxx"
 
-    def others_are_served_and_the_silent_are_gone() -> bool:
+    def silent_clients_are_gone_and_others_are_served() -> bool:
         assert post(service.url, "/chat", max_new_tokens=1).status_code == 200
         return service.has_all_places_free
 
-    wait_for(others_are_served_and_the_silent_are_gone)
+    wait_for(silent_clients_are_gone_and_others_are_served)
     for connection in silent:
         connection.close()

@@ -1,4 +1,4 @@
-"""Addresses of this machine are known as such, and never asked for through a proxy."""
+"""Loopback addresses are recognised, and requests to them bypass proxies."""
 
 from urllib.request import getproxies, proxy_bypass
 
@@ -10,7 +10,7 @@ from stream_service.loopback import bypass_proxies, is_loopback, is_loopback_url
 @pytest.mark.parametrize(
     "host", ["localhost", "LOCALHOST", "page.localhost", "127.0.0.1", "127.9.9.9", "::1", "[::1]"]
 )
-def test_this_machine_is_known_by_all_its_names(host: str) -> None:
+def test_every_loopback_name_is_recognised(host: str) -> None:
     assert is_loopback(host)
 
 
@@ -18,12 +18,12 @@ def test_this_machine_is_known_by_all_its_names(host: str) -> None:
     "host",
     ["", "0.0.0.0", "127.example.org", "localhost.example.org", "10.0.0.1", "::", "1270.0.1"],
 )
-def test_other_machines_are_not_taken_for_it(host: str) -> None:
+def test_other_host_names_are_not_taken_for_loopback(host: str) -> None:
     assert not is_loopback(host)
 
 
 @pytest.mark.parametrize("spelling", ["NO_PROXY", "no_proxy"])
-def test_what_the_environment_excepts_already_stays_excepted(
+def test_bypass_proxies_keeps_the_hosts_in_no_proxy(
     spelling: str, proxy_that_is_away: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(spelling, "intern.example")
@@ -35,7 +35,7 @@ def test_what_the_environment_excepts_already_stays_excepted(
     assert not proxy_bypass("llm.example")
 
 
-def test_where_no_host_goes_through_the_proxy_it_stays_so(
+def test_bypass_proxies_keeps_a_no_proxy_for_all_hosts(
     proxy_that_is_away: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
@@ -53,5 +53,5 @@ def test_where_no_host_goes_through_the_proxy_it_stays_so(
         ("http://[::1", False),
     ],
 )
-def test_the_host_of_a_url_decides(url: str, is_local: bool) -> None:
+def test_a_url_is_loopback_if_its_host_is(url: str, is_local: bool) -> None:
     assert is_loopback_url(url) == is_local

@@ -1,4 +1,4 @@
-"""What is told of each request, and what never is."""
+"""The log line and the metrics of each request, which never hold texts or keys."""
 
 import json
 import logging
@@ -37,15 +37,15 @@ def url(serve: ServiceFactory) -> str:
     return serve(fake_checkpoint(says(SECRET_REPLY)), settings=ServiceSettings((SECRET_KEY,))).url
 
 
-def test_a_request_is_one_line_with_its_facts_and_no_text(
+def test_the_log_has_one_line_per_request_without_texts_or_keys(
     url: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     assert ask(url, query=SECRET_QUERY).json()["response"] == SECRET_REPLY
     assert ask(url, query=SECRET_QUERY, temperature="x" + SECRET_QUERY).status_code == 400
-    figures(url)  # answered after the others were written down
+    figures(url)  # answered only after the other requests were logged
     lines = [r for r in caplog.records if r.name == "stream_service.requests"]
-    served, refused = (r for r in lines if r.route == "/chat")
+    served, rejected = (r for r in lines if r.route == "/chat")
     assert served.getMessage().startswith("request_id=me-1 route=/chat status=200 ms=")
     assert served.finish_reason == "stop"
     assert served.prompt_tokens == len("user:<assistant:") + len(SECRET_QUERY)
@@ -53,12 +53,12 @@ def test_a_request_is_one_line_with_its_facts_and_no_text(
     assert served.ttft_ms > 0
     assert served.queue_ms >= 0
     assert served.tokens_per_second > 0
-    assert refused.status == 400
+    assert rejected.status == 400
     for secret in (SECRET_KEY, SECRET_QUERY, SECRET_REPLY):
         assert secret not in caplog.text
 
 
-def test_the_log_as_json_is_json_on_every_line(
+def test_every_line_of_the_json_log_is_json(
     url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = logging.getLogger()
@@ -74,7 +74,7 @@ def test_the_log_as_json_is_json_on_every_line(
     assert lines[-1]["message"] == "two\nlines"
 
 
-def test_the_figures_are_those_of_what_was_served(url: str) -> None:
+def test_the_metrics_count_the_served_requests(url: str) -> None:
     for _ in range(2):
         ask(url, query="hi")
     ask(url, path="/nowhere")

@@ -1,4 +1,4 @@
-"""OpenAI's own client against the service, as people have it."""
+"""The routes under /v1, used by OpenAI's own client."""
 
 import json
 import math
@@ -30,7 +30,7 @@ def client_of(service: RunningService, **options: Any) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[RunningService]:
-    """One service for the tests that only ask."""
+    """One service for all tests that need no settings of their own."""
     with running_service(fake_checkpoint(says("彩虹 🌈!"))) as running:
         yield running
 
@@ -41,7 +41,7 @@ def client(service: RunningService) -> Iterator[openai.OpenAI]:
         yield made
 
 
-def test_a_chat_is_answered_with_its_usage(client: openai.OpenAI) -> None:
+def test_a_chat_completion_has_the_reply_and_its_usage(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model="fake", messages=HI)
     assert answer.object == "chat.completion"
     assert answer.id.startswith("chatcmpl-")
@@ -54,7 +54,7 @@ def test_a_chat_is_answered_with_its_usage(client: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == 30
 
 
-def test_chunks_of_a_chat_keep_to_the_protocol(client: openai.OpenAI) -> None:
+def test_chunks_of_a_chat_follow_openais_protocol(client: openai.OpenAI) -> None:
     with client.chat.completions.create(
         model="fake", messages=HI, stream=True, stream_options={"include_usage": True}
     ) as stream:
@@ -72,7 +72,7 @@ def test_chunks_of_a_chat_keep_to_the_protocol(client: openai.OpenAI) -> None:
     assert last.usage.completion_tokens == 12
 
 
-def test_without_being_asked_for_no_chunk_tells_a_usage(service: RunningService) -> None:
+def test_chunks_of_a_chat_have_no_usage_unless_requested(service: RunningService) -> None:
     body = {"messages": HI, "stream": True}
     response = requests.post(f"{service.url}/v1/chat/completions", json=body, timeout=TIMEOUT)
     assert response.headers["Content-Type"].startswith("text/event-stream")
@@ -81,7 +81,7 @@ def test_without_being_asked_for_no_chunk_tells_a_usage(service: RunningService)
     assert not any("usage" in json.loads(e.removeprefix("data: ")) for e in events)
 
 
-def test_log_probabilities_of_a_chat_have_their_bytes(client: openai.OpenAI) -> None:
+def test_chat_log_probabilities_include_the_bytes_of_each_token(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="fake", messages=HI, logprobs=True, top_logprobs=2
     )
@@ -96,9 +96,7 @@ def test_log_probabilities_of_a_chat_have_their_bytes(client: openai.OpenAI) -> 
         assert token.top_logprobs[0].bytes == token.bytes
 
 
-def test_a_text_is_completed_with_no_template_and_several_prompts_stay_in_order(
-    serve: ServiceFactory,
-) -> None:
+def test_completions_use_no_chat_template_and_keep_prompt_order(serve: ServiceFactory) -> None:
     def echo(ids: list[int]) -> int:
         return ids[0] if len(ids) < 35 else 256
 
@@ -115,14 +113,14 @@ def test_a_text_is_completed_with_no_template_and_several_prompts_stay_in_order(
             (0, "B"), (1, "B"), (2, "CCC"), (3, "CCC"),
         ]  # fmt: skip
         assert answer.usage is not None
-        assert answer.usage.prompt_tokens == 34 + 32, "a prompt counts once"
+        assert answer.usage.prompt_tokens == 34 + 32, "each prompt counts once, whatever n is"
         texts = ["", "", "", ""]
         for chunk in client.completions.create(model="fake", prompt=several, n=2, stream=True):
             texts[chunk.choices[0].index] += chunk.choices[0].text
         assert texts == ["B", "B", "CCC", "CCC"]
 
 
-def test_log_probabilities_of_a_text_name_tokens_and_places(client: openai.OpenAI) -> None:
+def test_completion_log_probabilities_have_tokens_and_text_offsets(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="fake", prompt="assistant:", logprobs=1)
     logprobs = answer.choices[0].logprobs
     assert logprobs is not None
@@ -134,7 +132,7 @@ def test_log_probabilities_of_a_text_name_tokens_and_places(client: openai.OpenA
     assert logprobs.top_logprobs[-1].keys() == {"!"}
 
 
-def test_the_model_is_listed_and_no_other_is_known(client: openai.OpenAI) -> None:
+def test_the_served_model_is_listed_and_other_models_are_not_found(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["fake"]
     assert client.models.retrieve("fake").owned_by == "local"
     with pytest.raises(openai.NotFoundError, match="use 'fake'"):
@@ -162,7 +160,7 @@ def test_the_model_is_listed_and_no_other_is_known(client: openai.OpenAI) -> Non
         ({"messages": [{"role": "user", "content": "x" * 600}]}, "messages", "616"),
     ],
 )
-def test_what_cannot_be_done_is_a_400_that_names_it(
+def test_a_wrong_or_unsupported_field_gives_a_400_that_names_it(
     client: openai.OpenAI, wrong: dict[str, Any], param: str | None, words: str
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=words) as error:
@@ -171,7 +169,7 @@ def test_what_cannot_be_done_is_a_400_that_names_it(
         assert error.value.param == param
 
 
-def test_sampling_parameters_of_both_protocols_work(client: openai.OpenAI) -> None:
+def test_openais_and_our_sampling_parameters_work_together(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="fake", messages=[{"role": "developer", "content": "x"}, *HI],
         max_completion_tokens=4, seed=1, temperature=0.5, top_p=0.9, frequency_penalty=0.1,
@@ -182,7 +180,7 @@ def test_sampling_parameters_of_both_protocols_work(client: openai.OpenAI) -> No
     assert answer.choices[0].message.content == "彩�"
 
 
-def test_a_reply_goes_into_the_next_request_as_it_came(client: openai.OpenAI) -> None:
+def test_a_message_from_a_reply_can_be_sent_back_unchanged(client: openai.OpenAI) -> None:
     messages: list[Any] = [*HI]
     for _ in range(2):
         answer = client.chat.completions.create(model="fake", messages=messages)
@@ -190,14 +188,14 @@ def test_a_reply_goes_into_the_next_request_as_it_came(client: openai.OpenAI) ->
     assert answer.choices[0].message.content == "彩虹 🌈!"
 
 
-def test_null_is_as_good_as_nothing(service: RunningService) -> None:
+def test_a_null_field_counts_as_absent(service: RunningService) -> None:
     names = ("n", "stream", "tools", "response_format", "user", "stop", "temperature", "seed")
     body = {"messages": HI, **dict.fromkeys(names), "stream_options": None}
     response = requests.post(f"{service.url}/v1/chat/completions", json=body, timeout=TIMEOUT)
     assert response.status_code == 200, response.text
 
 
-def test_the_largest_seed_may_be_asked_for_several_replies(client: openai.OpenAI) -> None:
+def test_the_largest_seed_works_for_several_replies(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(
         model="fake", messages=HI, seed=2**63 - 1, n=2, temperature=1
     )
@@ -214,7 +212,7 @@ def test_the_largest_seed_may_be_asked_for_several_replies(client: openai.OpenAI
         ("x" * 600, "prompt", "600 tokens"),
     ],
 )
-def test_a_prompt_that_cannot_be_gone_on_from_is_named_as_such(
+def test_an_invalid_completion_prompt_gives_a_400_that_names_it(
     client: openai.OpenAI, prompt: Any, param: str, words: str
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=words) as error:
@@ -222,7 +220,7 @@ def test_a_prompt_that_cannot_be_gone_on_from_is_named_as_such(
     assert error.value.param == param
 
 
-def test_a_wrong_key_is_an_authentication_error(serve: ServiceFactory) -> None:
+def test_a_wrong_api_key_raises_openais_authentication_error(serve: ServiceFactory) -> None:
     service = serve(
         fake_checkpoint(says("a")), settings=ServiceSettings(api_keys=("right", "other"))
     )
@@ -234,9 +232,7 @@ def test_a_wrong_key_is_an_authentication_error(serve: ServiceFactory) -> None:
         assert answer.choices[0].message.content == "a"
 
 
-def test_a_full_queue_is_a_rate_limit_and_the_clients_own_retry_succeeds(
-    serve: ServiceFactory,
-) -> None:
+def test_a_full_queue_is_a_rate_limit_error_and_a_retry_succeeds(serve: ServiceFactory) -> None:
     gate = Gate(says("abc"))
     service = serve(fake_checkpoint(gate), slots=1, max_waiting=1)
     streams = [
@@ -248,30 +244,30 @@ def test_a_full_queue_is_a_rate_limit_and_the_clients_own_retry_succeeds(
         with pytest.raises(openai.RateLimitError) as error:
             client.chat.completions.create(model="fake", messages=HI)
         assert int(error.value.response.headers["Retry-After"]) >= 1
-    waits: list[httpx.Response] = []
+    responses: list[httpx.Response] = []
 
-    def note(response: httpx.Response) -> None:
-        waits.append(response)
-        gate.allow(100)  # the others may end
+    def let_others_finish(response: httpx.Response) -> None:
+        responses.append(response)
+        gate.allow(100)
 
-    http = httpx.Client(event_hooks={"response": [note]})
+    http = httpx.Client(event_hooks={"response": [let_others_finish]})
     with client_of(service, max_retries=5, http_client=http) as client:
         answer = client.chat.completions.create(model="fake", messages=HI)
     assert answer.choices[0].message.content == "abc"
-    assert waits[0].status_code == 429
-    assert waits[-1].status_code == 200
+    assert responses[0].status_code == 429
+    assert responses[-1].status_code == 200
     for stream in streams:
         stream.close()
 
 
-def failing(ids: list[int]) -> int:
+def fails_after_two_tokens(ids: list[int]) -> int:
     if len(ids) > 19:
         raise RuntimeError("secret path")
     return says("abcdef")(ids)
 
 
-def test_a_failure_is_a_500_and_in_mid_stream_an_error_and_no_end(serve: ServiceFactory) -> None:
-    service = serve(fake_checkpoint(failing))
+def test_a_failed_chat_gives_a_500_or_an_error_in_its_stream(serve: ServiceFactory) -> None:
+    service = serve(fake_checkpoint(fails_after_two_tokens))
     with client_of(service) as client:
         with pytest.raises(openai.InternalServerError, match="generation failed"):
             client.chat.completions.create(model="fake", messages=HI)
@@ -286,7 +282,7 @@ def test_a_failure_is_a_500_and_in_mid_stream_an_error_and_no_end(serve: Service
     assert "[DONE]" not in text
 
 
-def test_a_client_that_runs_out_of_time_leaves_and_its_slot_is_free(serve: ServiceFactory) -> None:
+def test_a_client_timeout_aborts_the_request_and_frees_its_slot(serve: ServiceFactory) -> None:
     gate = Gate(says("abc"))
     service = serve(fake_checkpoint(gate), slots=1)
     with client_of(service, timeout=1) as client, pytest.raises(openai.APITimeoutError):
@@ -324,7 +320,7 @@ def tiny_service() -> Iterator[RunningService]:
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_a_stream_gives_what_the_whole_answer_gives(
+def test_a_streamed_chat_equals_the_whole_answer(
     tiny_service: RunningService, body: dict[str, Any]
 ) -> None:
     url = f"{tiny_service.url}/v1/chat/completions"
@@ -354,9 +350,7 @@ def counts(usage: dict[str, Any]) -> list[int]:
     return [usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")]
 
 
-def test_a_base_model_continues_texts_and_says_so_where_it_is_to_chat(
-    serve: ServiceFactory,
-) -> None:
+def test_a_base_model_completes_texts_and_rejects_chats(serve: ServiceFactory) -> None:
     base = Checkpoint.of(FakeModel(says("abc")), byte_tokenizer(chat_template=None), "base")
     assert "none, so only completions work" in base.describe()
     service = serve(base)
@@ -366,6 +360,6 @@ def test_a_base_model_continues_texts_and_says_so_where_it_is_to_chat(
         with pytest.raises(openai.BadRequestError, match="/v1/completions"):
             client.chat.completions.create(model="base", messages=HI)
     for path, body in (("stream", {"query": "hi"}), ("chat", {"messages": HI})):
-        refused = requests.post(f"{service.url}/{path}", json=body, timeout=TIMEOUT)
-        assert refused.status_code == 400
-        assert "base model" in refused.text
+        rejected = requests.post(f"{service.url}/{path}", json=body, timeout=TIMEOUT)
+        assert rejected.status_code == 400
+        assert "base model" in rejected.text

@@ -1,4 +1,4 @@
-"""The description of the protocol is that of the routes and bodies themselves."""
+"""The OpenAPI document matches the service's routes and bodies."""
 
 import re
 from collections.abc import Iterator
@@ -25,23 +25,23 @@ def document(app: Flask) -> Any:
     return app.test_client().get("/openapi.json").json
 
 
-def test_every_route_is_described(app: Flask, document: Any) -> None:
+def test_the_openapi_document_describes_every_route(app: Flask, document: Any) -> None:
     described = {
         (method.upper(), path) for path, methods in document["paths"].items() for method in methods
     }
-    there = {
+    registered = {
         (method, re.sub(r"<(?:path:)?(\w+)>", r"{\1}", rule.rule))
         for rule in app.url_map.iter_rules()
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }
-    assert described == there
+    assert described == registered
     for methods in document["paths"].values():
         for operation in methods.values():
             assert operation["summary"].endswith((".", ")."))
 
 
 @pytest.mark.parametrize("body", [StreamRequest, ChatCompletionRequest, CompletionRequest])
-def test_a_body_has_all_its_fields_and_each_number_its_bounds(document: Any, body: Any) -> None:
+def test_the_openapi_document_has_every_field_with_its_bounds(document: Any, body: Any) -> None:
     properties = document["components"]["schemas"][body.__name__]["properties"]
     assert properties.keys() == body.model_fields.keys()
     for name, schema in properties.items():
@@ -56,7 +56,7 @@ def test_a_body_has_all_its_fields_and_each_number_its_bounds(document: Any, bod
                 assert {"maxLength", "enum", "const"} & kind.keys(), name
 
 
-def test_every_reference_leads_somewhere(document: Any) -> None:
+def test_every_reference_in_the_openapi_document_resolves(document: Any) -> None:
     def walk(value: Any) -> Iterator[str]:
         if isinstance(value, dict):
             if "$ref" in value:
@@ -70,12 +70,12 @@ def test_every_reference_leads_somewhere(document: Any) -> None:
     references = set(walk(document))
     assert references
     for reference in references:
-        place = document
+        target = document
         for part in reference.removeprefix("#/").split("/"):
-            place = place[part]
+            target = target[part]
 
 
-def test_the_page_for_people_loads_nothing_and_runs_nothing(app: Flask, document: Any) -> None:
+def test_the_docs_page_loads_no_files_and_runs_no_scripts(app: Flask, document: Any) -> None:
     response = app.test_client().get("/docs")
     assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
     page = response.text

@@ -1,4 +1,4 @@
-"""Bodies in, requests out; what is wrong is named."""
+"""Bodies become validated requests, and an error names the wrong field."""
 
 import json
 from typing import Any
@@ -31,7 +31,7 @@ def test_query_history_and_prompt_make_a_conversation() -> None:
     assert request.history_after("d") == [["a", "b"], ["c", "d"]]
 
 
-def test_history_may_be_messages_and_content_may_be_parts() -> None:
+def test_the_history_may_hold_messages_and_content_may_be_a_list_of_parts() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]
     expected = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "x"}]
@@ -44,7 +44,7 @@ def test_history_may_be_messages_and_content_may_be_parts() -> None:
     ]
 
 
-def test_a_system_turn_inside_the_history_stays_there() -> None:
+def test_a_system_message_in_the_history_stays_there() -> None:
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
     turns.append({"role": "assistant", "content": "b"})
     for prompt in ({}, {"prompt": "p"}):
@@ -53,7 +53,7 @@ def test_a_system_turn_inside_the_history_stays_there() -> None:
         assert len(after) == 5
 
 
-def test_the_history_of_messages_includes_the_reply_and_joins_a_continued_turn() -> None:
+def test_the_returned_history_includes_the_reply_and_joins_a_continued_message() -> None:
     asked = [{"role": "user", "content": "a"}]
     reply = {"role": "assistant", "content": "bc"}
     assert parse(messages=asked).history_after("bc") == [*asked, reply]
@@ -100,7 +100,7 @@ def test_the_history_of_messages_includes_the_reply_and_joins_a_continued_turn()
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages.0.conte", ""),
     ],
 )
-def test_what_is_wrong_is_named(body: dict[str, Any], param: str | None, words: str) -> None:
+def test_body_errors_name_the_field(body: dict[str, Any], param: str | None, words: str) -> None:
     with pytest.raises(InvalidRequest) as error:
         parse(**body)
     assert words in str(error.value)
@@ -130,7 +130,7 @@ def test_what_is_wrong_is_named(body: dict[str, Any], param: str | None, words: 
         (b'{"\\ud800": 1, "query": "a"}', "unknown field"),
     ],
 )
-def test_what_is_not_strict_json_in_utf8_is_refused(body: bytes, words: str) -> None:
+def test_a_body_that_is_not_strict_json_in_utf8_is_rejected(body: bytes, words: str) -> None:
     with pytest.raises(InvalidRequest) as error:
         parse_body(body, StreamRequest)
     assert words in str(error.value)
@@ -146,7 +146,7 @@ json_values = st.recursive(
 
 @given(st.one_of(st.binary(max_size=60), st.dictionaries(keys, json_values).map(json.dumps)))
 @settings(deadline=None, max_examples=1000)
-def test_any_body_is_taken_or_refused_but_never_breaks_the_parser(body: bytes | str) -> None:
+def test_any_body_is_accepted_or_rejected_and_never_breaks_the_parser(body: bytes | str) -> None:
     raw = body if isinstance(body, bytes) else body.encode()
     try:
         parse_body(raw, StreamRequest).conversation()
@@ -154,7 +154,7 @@ def test_any_body_is_taken_or_refused_but_never_breaks_the_parser(body: bytes | 
         assert str(error)
 
 
-def test_the_published_bounds_are_those_that_are_enforced() -> None:
+def test_the_published_bounds_are_enforced() -> None:
     bounds = sampling_bounds()
     assert bounds["temperature"] == {"type": "number", "minimum": 0, "maximum": 5}
     assert bounds["top_p"]["exclusiveMinimum"] == 0

@@ -1,4 +1,4 @@
-"""The server before there is a model."""
+"""The server while the model loads."""
 
 import http.client
 
@@ -7,10 +7,10 @@ from support.waiting import TIMEOUT
 from stream_service.server import Server, bind
 
 
-def test_while_it_loads_it_lives_but_cannot_serve() -> None:
+def test_while_the_model_loads_the_server_is_healthy_but_not_ready() -> None:
     server = Server(bind("127.0.0.1", 0), max_body=1000).start()
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=TIMEOUT)
-    # One connection: a body that must not be there would be read as the next answer.
+    # On one connection, a body sent for HEAD would be read as the next answer.
     for method, path, status in (
         ("HEAD", "/health", 200), ("GET", "/health", 200), ("HEAD", "/ready", 503),
         ("GET", "/ready", 503), ("POST", "/stream", 503),

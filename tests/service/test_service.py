@@ -1,4 +1,4 @@
-"""The service over real HTTP, with a model that the test controls: the forms of an answer."""
+"""The forms of an answer over real HTTP, with a model that the test controls."""
 
 import threading
 from typing import Any
@@ -21,7 +21,7 @@ from support.waiting import wait_for
 
 
 @pytest.mark.parametrize("accept", [None, "*/*", "text/plain", "text/*"])
-def test_plain_text_is_the_reply_and_nothing_else(serve: ServiceFactory, accept: str) -> None:
+def test_a_plain_text_answer_holds_only_the_reply(serve: ServiceFactory, accept: str) -> None:
     response = post(serve(fake_checkpoint(says("彩虹 🌈\n"))).url, accept=accept)
     assert response.content.decode() == "彩虹 🌈\n"
     assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
@@ -31,7 +31,7 @@ def test_plain_text_is_the_reply_and_nothing_else(serve: ServiceFactory, accept:
 
 
 @pytest.mark.parametrize(("accept", "read"), [(FORMS[1], ndjson), (FORMS[2], sse)])
-def test_events_come_in_order_and_joined_deltas_are_the_response(
+def test_events_come_in_order_and_their_joined_deltas_are_the_response(
     serve: ServiceFactory, accept: str, read: Any
 ) -> None:
     url = serve(fake_checkpoint(says("虹!"))).url
@@ -59,19 +59,19 @@ def test_events_come_in_order_and_joined_deltas_are_the_response(
     assert set(end["timings"]) == {"queue_ms", "ttft_ms", "tokens_per_second"}
 
 
-def test_log_probabilities_come_with_each_delta_if_asked_for(serve: ServiceFactory) -> None:
+def test_each_delta_has_log_probabilities_if_requested(serve: ServiceFactory) -> None:
     url = serve(fake_checkpoint(says("ab"))).url
     _, *deltas, _ = ndjson(post(url, accept=FORMS[1], logprobs=2))
     assert [d["id"] for d in deltas] == [ord("a"), ord("b")]
     for delta in deltas:
-        assert delta["logprob"] == pytest.approx(0.0, abs=1e-3), "the fake model has no doubts"
+        assert delta["logprob"] == pytest.approx(0.0, abs=1e-3), "the fake model is certain"
         assert delta["token"] == delta["delta"] == chr(delta["id"])
         chosen = {name: delta[name] for name in ("id", "token", "logprob")}
         assert delta["alternatives"][0] == chosen
         assert len(delta["alternatives"]) == 2
 
 
-def test_chat_gives_the_same_reply_in_one_object(serve: ServiceFactory) -> None:
+def test_the_chat_route_gives_the_whole_reply_in_one_object(serve: ServiceFactory) -> None:
     answer = post(serve(fake_checkpoint(says("虹!"))).url, "/chat", max_new_tokens=3).json()
     assert answer == {
         "query": "hi",
@@ -83,10 +83,10 @@ def test_chat_gives_the_same_reply_in_one_object(serve: ServiceFactory) -> None:
 
 
 @pytest.mark.parametrize("accept", FORMS)
-def test_each_token_reaches_the_reader_before_the_next_is_computed(
+def test_each_token_reaches_the_client_before_the_next_is_computed(
     serve: ServiceFactory, accept: str
 ) -> None:
-    """The model waits, at each token, until the reader has seen the one before."""
+    """The model waits before each token until the client has received the previous one."""
     gate = Gate(says("abc"))
     url = serve(fake_checkpoint(gate)).url
     with raw_connection(url) as connection:
@@ -100,7 +100,7 @@ def test_each_token_reaches_the_reader_before_the_next_is_computed(
         read_until(connection, b"0\r\n\r\n")
 
 
-def test_a_waiting_stream_gets_its_place_and_keeps_the_connection_alive(
+def test_a_waiting_stream_gets_its_queue_position_and_heartbeats(
     serve: ServiceFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("stream_service.wire.HEARTBEAT_SECONDS", 0.01)
@@ -118,27 +118,27 @@ def test_a_waiting_stream_gets_its_place_and_keeps_the_connection_alive(
     wait_for(first)
 
 
-def test_requests_side_by_side_each_get_their_own_reply(serve: ServiceFactory) -> None:
+def test_concurrent_requests_each_get_their_own_reply(serve: ServiceFactory) -> None:
     def echo(ids: list[int]) -> int:
         prompt = bytes(i for i in ids if i < 256).decode()
-        who = prompt.partition("user:")[2][0]
-        return says(who * 5)(ids)
+        name = prompt.partition("user:")[2][0]
+        return says(name * 5)(ids)
 
     url = serve(fake_checkpoint(echo)).url
     replies: dict[str, str] = {}
 
-    def ask(who: str) -> None:
-        replies[who] = post(url, query=who).text
+    def ask(name: str) -> None:
+        replies[name] = post(url, query=name).text
 
-    threads = [threading.Thread(target=ask, args=(who,)) for who in "abcdef"]
+    threads = [threading.Thread(target=ask, args=(name,)) for name in "abcdef"]
     for thread in threads:
         thread.start()
     for thread in threads:
         wait_for(thread)
-    assert replies == {who: who * 5 for who in "abcdef"}
+    assert replies == {name: name * 5 for name in "abcdef"}
 
 
-def test_a_request_id_is_the_clients_own_if_well_formed_and_free(serve: ServiceFactory) -> None:
+def test_a_client_may_choose_any_well_formed_and_unused_request_id(serve: ServiceFactory) -> None:
     gate = Gate(says("a"))
     url = serve(fake_checkpoint(gate)).url
     with raw_connection(url) as connection:
@@ -155,9 +155,7 @@ def test_a_request_id_is_the_clients_own_if_well_formed_and_free(serve: ServiceF
     assert odd.headers["X-Request-Id"] != "a b<script>"
 
 
-def test_a_history_that_fills_the_context_is_trimmed_and_the_start_event_says_so(
-    serve: ServiceFactory,
-) -> None:
+def test_a_long_history_is_trimmed_and_the_start_event_says_so(serve: ServiceFactory) -> None:
     url = serve(fake_checkpoint(says("ok"), context_length=200)).url
     history = [["x" * 40, "y" * 40]] * 5
     start, *_, end = ndjson(post(url, accept=FORMS[1], history=history))
@@ -165,10 +163,10 @@ def test_a_history_that_fills_the_context_is_trimmed_and_the_start_event_says_so
     assert start["trimmed"]["messages"] > 0
     assert start["prompt_tokens"] + start["trimmed"]["tokens"] > 200
     assert end["response"] == "ok"
-    assert end["history"] == [*history, ["hi", "ok"]], "the client keeps all of it"
+    assert end["history"] == [*history, ["hi", "ok"]], "the returned history is complete"
 
 
-def test_a_history_that_may_not_be_cut_is_refused_with_both_numbers(serve: ServiceFactory) -> None:
+def test_truncate_false_rejects_a_long_history_with_both_lengths(serve: ServiceFactory) -> None:
     url = serve(fake_checkpoint(says("ok"), context_length=100)).url
     history = [["a" * 30, "b" * 30]] * 5
     assert post(url, "/chat", history=history).status_code == 200

@@ -3,8 +3,8 @@
 import torch
 from torch.nn import functional
 
-# The number of queries per key head from which, on a CPU in bfloat16, attention computes scores and
-# context as two products. PyTorch's kernel, which never holds all scores, takes twice as long there
+# Queries per key head from which, on a CPU in bfloat16, attention is two products: the scores, then
+# the context. They take half the time of PyTorch's kernel, which never holds all scores
 # (docs/performance.md).
 MANY_QUERIES = 128
 
@@ -72,10 +72,7 @@ def _attend_as_products(
 
 
 def for_groups(mask: torch.Tensor | None, group: int) -> torch.Tensor | None:
-    """Repeat a mask, [rows, 1, length, key length], for `group` query heads per key head.
-
-    A mask of length 1 stays as it is, because PyTorch broadcasts it.
-    """
-    if mask is None or mask.shape[2] == 1:
+    """Repeat a mask, [rows, 1, length, key length], for `group` query heads per key head."""
+    if mask is None or mask.shape[2] == 1:  # PyTorch broadcasts a mask of length 1
         return mask
     return mask.repeat(1, 1, group, 1)

@@ -66,7 +66,7 @@ class FusedLayer(nn.Module):
 
     @property
     def products(self) -> tuple[Linear, ...]:
-        """All matrix products of the layer, packed or dense."""
+        """The matrix products of the layer, packed or dense."""
         return self.qkv, self.output, self.gate_up, self.down
 
     def pack(self, layer: Any, packing: Packing, names: dict[nn.Module, str]) -> None:
@@ -89,8 +89,9 @@ class FusedLayer(nn.Module):
         """Compute the layer, with the arguments of transformers' own layers.
 
         hidden_states: [rows, length, hidden]. attention_mask: [rows, 1, length, key length].
-        position_embeddings: cosines and sines, [rows, length, head size] each. past_key_values: any
-        transformers cache. Returns [rows, length, hidden]. Raises `ValueError` for other masks.
+        position_embeddings: cosines and sines, [rows, length, head size] each.
+        past_key_values: any transformers cache. Returns [rows, length, hidden].
+        Raises `ValueError` for a mask without 4 dimensions.
         """
         assert position_embeddings is not None, "a Llama-shaped model passes position_embeddings"
         if attention_mask is not None and attention_mask.dim() != 4:
@@ -126,9 +127,7 @@ class FusedLayer(nn.Module):
     def _attend(
         self, queries: torch.Tensor, states: torch.Tensor, mask: torch.Tensor | None, cache: Any
     ) -> torch.Tensor:
-        """queries: [rows, length, heads, head size].
-        states: the keys and then the values, [rows, length, 2 * key heads, head size].
-        """
+        """queries, states: [rows, length, heads, head size]. states: all keys, then all values."""
         if isinstance(cache, SlotCache):
             runs = cache.write(self.layer_index, states)
             if len(runs) == 1:
@@ -180,7 +179,7 @@ class Rotation:
 
     cosines, sines: [rows, length, 1, head size]; the first half of the sines is negated.
     Source: Su et al., RoFormer, 2021 (arXiv:2104.09864), with halves paired as in GPT-NeoX.
-    x cos + (-second half, first half) sin is computed as x cos + (halves swapped) (-sin, sin).
+    x cos + (-second half, first half) sin equals x cos + (second half, first half) (-sin, sin).
     """
 
     cosines: torch.Tensor

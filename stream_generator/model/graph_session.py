@@ -12,10 +12,7 @@ import torch
 _DTYPES = {torch.float32: numpy.float32, torch.int64: numpy.int64, torch.int32: numpy.int32}
 # Threads spin while they wait for the next operation, but for at most 50 microseconds and not
 # between steps, because other threads need the cores (docs/performance.md, "The graph").
-_SPINNING = {
-    "session.intra_op.spin_duration_us": "50",
-    "session.force_spinning_stop": "1",
-}
+_SPINNING = {"session.intra_op.spin_duration_us": "50", "session.force_spinning_stop": "1"}
 _OUT_OF_MEMORY = ("bad allocation", "bad_alloc", "failed to allocate")
 
 
@@ -24,7 +21,7 @@ class GraphFailed(RuntimeError):
 
 
 class GraphSession:
-    """A loaded graph. It neither copies nor keeps its input and output tensors."""
+    """A loaded graph. It does not copy its input and output tensors, nor keep them alive."""
 
     def __init__(self, graph: Path):
         """graph: an ONNX file. The session uses as many threads as torch. Raises as `run` does."""
@@ -44,7 +41,7 @@ class GraphSession:
         return [value.name for value in self._session.get_inputs()]
 
     def binding(self) -> Any:
-        """Create a set of bound tensors, which many calls of `run` can use."""
+        """Create an empty set of bound tensors, which many calls of `run` can use."""
         return self._session.io_binding()
 
     def run_once(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -57,9 +54,9 @@ class GraphSession:
         self, binding: Any, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor],
         *, shrink: bool = False,
     ) -> None:  # fmt: skip
-        """Bind these contiguous tensors by name too, and run the graph on all bound tensors.
+        """Bind more tensors by name, and run the graph on all tensors of the binding.
 
-        shrink: return memory that the session no longer uses to the system.
+        inputs, outputs: see `bind`. shrink: return unused memory to the system afterwards.
         Raises `torch.OutOfMemoryError`, and `GraphFailed` for any other failure.
         """
         bind(binding, inputs, outputs)

@@ -27,9 +27,9 @@ class WeightStore:
         self._initializers: dict[str, Any] = {}
 
     def keep(self, name: str, weight: torch.Tensor) -> Any:
-        """Return the initializer of a weight, and store the weight unless the name is known.
+        """Store a weight under a name, and return its initializer.
 
-        A known name gives the weight that was stored first.
+        If the name is known, the weight that was stored first is used instead.
         """
         if name in self._initializers:
             return self._initializers[name]
@@ -114,7 +114,7 @@ class GraphWriter:
         self._nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
 
     def input(self, name: str, kind: int, sizes: list[Any]) -> str:
-        """Declare an input; return its name. kind: of `TensorProto`. Names in `sizes` may vary."""
+        """Declare an input; return its name. kind: its dtype. sizes: names are sizes that vary."""
         self._inputs.append(helper.make_tensor_value_info(name, kind, sizes))
         return name
 
@@ -122,7 +122,7 @@ class GraphWriter:
         return any(value.name == name for value in self._inputs)
 
     def output(self, name: str, sizes: list[Any]) -> None:
-        """Declare a float output that a node computes under this name."""
+        """Declare a float output, which a node computes under this name."""
         self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes))
 
     def numbers(self, name: str, numbers: list[int]) -> str:

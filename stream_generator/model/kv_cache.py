@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Run:
-    """Adjacent rows of a forward whose slots are adjacent too, so that one view reads all keys.
+    """Adjacent rows of a forward whose slots are adjacent too, so that one view has all keys.
 
     rows: indices of the rows in the forward. slots: the slots of these rows.
     key_length: number of keys of the longest row. needs_mask: causal attention is not enough.
@@ -94,7 +94,7 @@ class SlotRows:
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """One layer's keys and values: [slots, key heads, context length, head size] each."""
 
-    is_sliding = False  # masks express sliding windows here
+    is_sliding = False  # the masks hide what a sliding window excludes
 
     def __init__(self, slots: int, context_length: int, like: tuple[torch.Tensor, torch.Tensor]):
         """like: the layer's keys and values in another cache, [rows, heads, tokens, head size]."""
@@ -220,7 +220,7 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
 
     On a CPU, the operating system provides each page when it is first written; torch.zeros would
     write, and so occupy, all memory now. Pages are small: a new token writes to one place in every
-    head of every layer, and each place would occupy a huge page of 2 MB.
+    head of every layer, and would occupy a huge page of 2 MB for each place.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -250,8 +250,8 @@ def bytes_per_token(filled: Cache) -> int:
 def describe_slots(slots: int, context_length: int, token_bytes: int) -> str:
     """Describe the number of slots, their length and their memory, for the log."""
     return (
-        f"up to {slots} requests at a time of up to {context_length} tokens each; their keys and "
-        f"values take up to {slots * context_length * token_bytes / 1e9:.1f} GB"
+        f"up to {slots} requests at a time, with up to {context_length} tokens each; their keys "
+        f"and values take up to {slots * context_length * token_bytes / 1e9:.1f} GB"
     )
 
 

@@ -7,13 +7,13 @@ from typing import Any, Protocol, Self
 import torch
 
 GROUP = 32  # consecutive inputs that share a scale, as in most of GGUF's blocks
-UNSIGNED_OFFSET = {4: 8, 8: 128}  # by bits: what kernels subtract from an unsigned value
-SLICE_NUMBERS = 8_000_000  # numbers of a weight that are packed at a time
+UNSIGNED_OFFSET = {4: 8, 8: 128}  # what kernels subtract from an unsigned value, by bits
+SLICE_NUMBERS = 8_000_000  # how many numbers of a weight are packed at a time
 
-BYTES = {4: 0.5 + 8 / GROUP, 8: 1 + 4 / GROUP}  # per number, by its bits; with scale and zero
-BITS = {"int8": 8, "int4": 4}  # per weight, for each packing that --quantize names
+BYTES = {4: 0.5 + 8 / GROUP, 8: 1 + 4 / GROUP}  # bytes per number, by bits; with scale and zero
+BITS = {"int8": 8, "int4": 4}  # bits per number, by the value of --quantize
 FAMILIES = "Llama, Mistral, Qwen2 and Qwen3"  # model families whose weights can be packed
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # the same, in configurations
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # their model_type in a configuration
 
 
 def packed_size(config: Any, numbers: int, bits: int) -> int:
@@ -31,7 +31,7 @@ class PackedWeight:
     """A weight [out, in] in groups of inputs: value * scale + zero.
 
     bits: 4 or 8. values: int8 [out, in], -8 to 7 for four bits.
-    scales, zeros: float32 [out, in / group] each. Without `zeros`, all are 0.
+    scales, zeros: float32 [out, in / group] each; None for `zeros` means 0.
     """
 
     bits: int
@@ -97,7 +97,7 @@ class PackedWeight:
         return stored
 
     def to(self, device: torch.device) -> "PackedWeight":
-        """The weight on a device."""
+        """The same weight on a device."""
         zeros = None if self.zeros is None else self.zeros.to(device)
         return PackedWeight(self.bits, self.values.to(device), self.scales.to(device), zeros)
 

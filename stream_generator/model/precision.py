@@ -8,8 +8,8 @@ from stream_generator.model import processor
 
 logger = logging.getLogger(__name__)
 
-# The share of free memory that dense weights may take if --dtype is "auto". Keys, values and
-# intermediate results need the rest.
+# The share of free memory that float32 weights may take unless the user asks for float32. Keys,
+# values and intermediate results need the rest.
 DENSE_FITS = 0.8
 
 

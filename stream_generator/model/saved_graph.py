@@ -19,7 +19,7 @@ CHECK = "check.onnx"  # the model with one layer of each weight format
 class SavedGraph:
     """A graph in a directory, with the fields of its manifest.
 
-    size: of a head. parameters: their number in the model.
+    size: of a head. parameters: the number of the model's parameters.
     frequencies, rotation_scale: of the rotary positions, see `rotation`.
     """
 

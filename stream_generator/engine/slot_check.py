@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from stream_generator.engine.model_runner import ModelRunner
-from stream_generator.model.config import refuse_what_rows_cannot_share
+from stream_generator.model.config import require_batchable
 
 # A mismatch of the slot cache with a plain forward, in standard deviations of the logits. On ids
 # that make no sense together, roundings grow: 0.005 within one kind of product, 0.15 where few rows
@@ -27,7 +27,7 @@ def filled_cache(model: PreTrainedModel) -> DynamicCache:
 
     Raises `ValueError`, or whatever the model raises, if `ModelRunner` cannot run the model.
     """
-    refuse_what_rows_cannot_share(model.config, model.generation_config)
+    require_batchable(model.config, model.generation_config)
     cache = DynamicCache()
     expected = [_plain_logits(model, PROBE[0], cache), _plain_logits(model, PROBE[1])]
     _probe(ModelRunner(model, cache, slots=3, context=len(PROBE[0])), expected)

@@ -11,7 +11,7 @@ _LOOP_SETTINGS = (
 )  # fmt: skip
 
 
-def refuse_what_rows_cannot_share(config: Any, generation_config: Any) -> None:
+def require_batchable(config: Any, generation_config: Any) -> None:
     """Raise `ValueError` if the requests of a model cannot share a forward.
 
     A comparison of logits on a few tokens would not find the reasons checked here.

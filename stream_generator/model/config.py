@@ -12,7 +12,7 @@ _LOOP_SETTINGS = (
 
 
 def require_batchable(config: Any, generation_config: Any) -> None:
-    """Raise `ValueError` if the requests of a model cannot share a forward.
+    """Raise `ValueError` if the engine cannot batch the requests of a model.
 
     A comparison of logits on a few tokens would not find the reasons checked here.
     """

@@ -127,7 +127,7 @@ class FusedLayer(nn.Module):
     def _attend(
         self, queries: torch.Tensor, states: torch.Tensor, mask: torch.Tensor | None, cache: Any
     ) -> torch.Tensor:
-        """queries, states: [rows, length, heads, head size]. states: all keys, then all values."""
+        """queries, states: [rows, length, heads, head size]; `states` is keys, then values."""
         if isinstance(cache, SlotCache):
             runs = cache.write(self.layer_index, states)
             if len(runs) == 1:
@@ -159,7 +159,7 @@ class RMSNorm:
 
     def __init__(self, norm: Any):
         """norm: an RMSNorm module of transformers."""
-        self._weight = norm.weight.detach().clone()  # so that the checkpoint's file can be closed
+        self._weight = norm.weight.detach().clone()  # lets the checkpoint's file be closed
         self._epsilon = norm.variance_epsilon
         self._epsilons = torch.full((1,), self._epsilon, device=self._weight.device)
         self._inverse_size = 1 / len(self._weight)
@@ -197,7 +197,7 @@ class Rotation:
         torch.addcmul(heads * self.cosines, swapped, self.sines, out=out)
 
     def at(self, positions: torch.Tensor) -> "Rotation":
-        """Select positions, int64 [rows, length], from the rotation of one row's positions."""
+        """Select positions, int64 [rows, length]. `self` has one row, with all positions."""
         return Rotation(self.cosines[0][positions], self.sines[0][positions])
 
 
@@ -277,10 +277,10 @@ def check_parts(layer: Any) -> None:
 
 
 def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
-    """Replace the layers and the output matrix of a model by fused ones, packed as `packing` says.
+    """Replace a model's layers by fused layers, and its output matrix by the fastest `Linear`.
 
-    A layer that computes something else stays, and the log says why. Returns False if no layer is
-    fused, or if the output matrix stays. packing: by default, all weights stay dense.
+    packing: by default, all weights stay dense. A layer that computes something else stays, and the
+    log says why. Returns False if no layer is fused, or if the output matrix stays.
     """
     packing = packing or Packing()
     base = model.base_model

@@ -69,7 +69,7 @@ class GraphSession:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Convert the errors of ONNX Runtime, which have no common class."""
+    """Convert ONNX Runtime's errors to the two that `run` raises; they share no class."""
     try:
         yield
     except Exception as error:

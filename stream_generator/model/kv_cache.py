@@ -21,7 +21,7 @@ class Run:
     """Adjacent rows of a forward whose slots are adjacent too, so that one view has all keys.
 
     rows: indices of the rows in the forward. slots: the slots of these rows.
-    key_length: number of keys of the longest row. needs_mask: causal attention is not enough.
+    key_length: number of keys of the longest row. needs_mask: causal attention would be wrong.
     """
 
     rows: slice

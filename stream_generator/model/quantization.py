@@ -89,7 +89,7 @@ class Packing:
     saved: Callable[[str], PackedWeight | None] = lambda name: None
 
     def pack(self, named: dict[str, nn.Linear], dense: Linear, *, least_bits: int = 4) -> Linear:
-        """Pack linear layers into one product; return `dense` if they are not to be packed.
+        """Pack linear layers into one product; return `dense` if they must stay dense.
 
         named: linear layers with the same inputs, by their names in the model. dense: their product
         in dense weights. least_bits: a lower bound of `bits` for these layers.

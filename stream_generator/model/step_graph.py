@@ -49,7 +49,7 @@ class StepGraph:
     Inputs:
         ids: int64 [rows]
         rows_by_slot: int64 [slots, length], the row of each new token of each slot
-        slot_by_row: int64 [rows, 2], the slot of each row, and its index among the new tokens
+        slot_by_row: int64 [rows, 2], the indices of each row in `rows_by_slot`
         lengths: int32 [slots], the number of new tokens of each slot
         last_keys: int32 [slots], the position of the last new token of each slot
         total: int32, the number of tokens in the longest slot, new tokens included

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from stream_generator.engine.model_runner import ModelRunner
-from stream_generator.model.config import refuse_what_rows_cannot_share
+from stream_generator.model.config import require_batchable
 
 # The largest accepted difference from a plain forward, in standard deviations of the logits. On
 # meaningless ids rounding gives 0.005 with one kind of product, and 0.15 where few rows are packed
@@ -27,7 +27,7 @@ def filled_cache(model: PreTrainedModel) -> DynamicCache:
 
     Raises `ValueError`, or any error of the model itself, if `ModelRunner` cannot run the model.
     """
-    refuse_what_rows_cannot_share(model.config, model.generation_config)
+    require_batchable(model.config, model.generation_config)
     cache = DynamicCache()
     expected = [_plain_logits(model, PROBE[0], cache), _plain_logits(model, PROBE[1])]
     _probe(ModelRunner(model, cache, slots=3, context=len(PROBE[0])), expected)

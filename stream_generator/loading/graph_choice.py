@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from stream_generator.errors import CheckpointError
 from stream_generator.loading.graph_cache import saved_graph
 from stream_generator.loading.layout import Located
-from stream_generator.model.config import refuse_what_rows_cannot_share
+from stream_generator.model.config import require_batchable
 from stream_generator.model.packed_weight import BITS, FAMILIES, MODEL_TYPES, NotBuildable
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ def could_pack(config: Any, generation_config: GenerationConfig) -> bool:
     from stream_generator.loading.graph_build import layer_shape
 
     try:
-        refuse_what_rows_cannot_share(config, generation_config)
+        require_batchable(config, generation_config)
         layer_shape(config)
     except (NotBuildable, ValueError):
         return False
@@ -50,7 +50,7 @@ def graph_for(
     try:
         if spread:
             raise NotBuildable("--device-map spreads it over devices")
-        refuse_what_rows_cannot_share(config, generation_config)
+        require_batchable(config, generation_config)
         if dtype in ("bfloat16", "float16"):
             from stream_generator.loading.graph_build import layer_shape
 

@@ -1,5 +1,5 @@
-"""One forward, fast.
+"""One forward of a model, made fast. The package knows nothing of requests.
 
-Llama-shaped layers and a slot cache in PyTorch; packed weights as a graph of ONNX Runtime. Knows
-nothing of requests. Start with `fused`, or with `step_graph`.
+`fused` and `kv_cache` compute Llama-shaped layers in PyTorch. `step_graph` computes packed weights
+in ONNX Runtime. Start with `fused` or `step_graph`.
 """

@@ -1,10 +1,11 @@
-"""Attention of some new tokens to all that came before, without copying a key."""
+"""Attention of new tokens to all earlier tokens, without copies of the keys."""
 
 import torch
 from torch.nn import functional
 
-# From so many queries a key head on, on a CPU in bfloat16, scores as one product, and the context
-# as another, take half the time of the kernel that never holds all scores (docs/performance.md).
+# Queries per key head from which, on a CPU in bfloat16, attention is two products: the scores, then
+# the context. They take half the time of PyTorch's kernel, which never holds all scores
+# (docs/performance.md).
 MANY_QUERIES = 128
 
 
@@ -15,14 +16,15 @@ def attend(
     mask: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """Scaled dot-product attention, where several query heads share a key head.
+    """Compute scaled dot-product attention in which several query heads share a key head.
 
-    queries: [rows, length, heads, size]. keys, values: [rows, key heads, key length, size].
-    mask: bool or float [rows, 1, length * group, key length], see `for_groups`; None: causal.
-    Returns [rows * length, heads * size].
+    queries: [rows, length, heads, head size].
+    keys, values: [rows, key heads, key length, head size].
+    mask: bool or added float [rows, 1, length * group, key length], see `for_groups`. Without a
+    mask, a single query sees all keys, and attention of several queries is causal.
+    Returns [rows * length, heads * head size].
 
-    The query heads of a key head are laid out as so many more positions of one head: so no key is
-    repeated, and none read twice.
+    The query heads of one key head count as further positions of one head, so no key is copied.
     Source: Ainslie et al., GQA, 2023 (arXiv:2305.13245).
     """
     rows, length, heads, size = queries.shape
@@ -45,9 +47,9 @@ def attend(
 
 
 def _suits_products(queries: torch.Tensor, mask: torch.Tensor) -> bool:
-    rows, _, many, _ = queries.shape
+    rows, _, count, _ = queries.shape
     on_cpu = queries.device.type == "cpu" and queries.dtype == mask.dtype == torch.bfloat16
-    return on_cpu and rows == 1 and many >= MANY_QUERIES
+    return on_cpu and rows == 1 and count >= MANY_QUERIES
 
 
 def _attend_as_products(
@@ -57,9 +59,10 @@ def _attend_as_products(
     mask: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """queries: [key heads, many, size]; mask: [many, key length], to be added.
+    """Compute attention of one row, one key head at a time.
 
-    A key head at a time: its scores stay in the processor's cache, and no more than its are held.
+    The scores of one key head stay in the processor's cache, and no other scores are in memory.
+    queries: [key heads, length * group, head size]. mask: float [length * group, key length].
     """
     context = torch.empty_like(queries)
     for query, key, value, out in zip(queries, keys, values, context, strict=True):
@@ -69,7 +72,7 @@ def _attend_as_products(
 
 
 def for_groups(mask: torch.Tensor | None, group: int) -> torch.Tensor | None:
-    """A mask, [rows, 1, length, key length], for `group` query heads to a key head."""
-    if mask is None or mask.shape[2] == 1:
+    """Repeat a mask, [rows, 1, length, key length], for `group` query heads per key head."""
+    if mask is None or mask.shape[2] == 1:  # PyTorch broadcasts a mask of length 1
         return mask
     return mask.repeat(1, 1, group, 1)

@@ -1,8 +1,8 @@
-"""What a model's configuration says about its attention, for all executors."""
+"""What a model's configuration says about its attention."""
 
 from typing import Any
 
-# Settings of a checkpoint's generation config that only transformers' own loop applies.
+# Settings of a generation config that only transformers' own loop applies.
 _LOOP_SETTINGS = (
     "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias",
     "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty",
@@ -11,30 +11,34 @@ _LOOP_SETTINGS = (
 )  # fmt: skip
 
 
-def refuse_what_rows_cannot_share(config: Any, generation_config: Any) -> None:
-    """Raise `ValueError` for what rows cannot share, and a short probe does not show."""
+def require_batchable(config: Any, generation_config: Any) -> None:
+    """Raise `ValueError` if the engine cannot batch the requests of a model.
+
+    A comparison of logits on a few tokens would not find the reasons checked here.
+    """
     config = config.get_text_config()
     rope = repr([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")])
-    for kind in ("dynamic", "longrope"):  # the longest row would set the frequencies of all
+    for kind in ("dynamic", "longrope"):  # the longest row would set the frequencies of all rows
         if f"'{kind}'" in rope:
-            raise ValueError(f"rotary embeddings of the kind {kind}")
-    if "local" in (getattr(config, "attention_layers", None) or ()):  # a window of GPT-Neo's own
-        raise ValueError("local attention layers")
+            raise ValueError(f"its rotary embeddings are {kind}")
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo's windows
+        raise ValueError("some of its layers have local attention")
     for name in _LOOP_SETTINGS:
         if getattr(generation_config, name, None):
             raise ValueError(f"its generation config sets {name}")
 
 
 def attention_windows(config: Any) -> dict[str, int | None]:
-    """How far back each kind of layer looks: by kind as in `config.layer_types`, or "" for all.
+    """The number of positions that each kind of layer sees; None for all positions.
 
-    Raises `ValueError` for a kind that no mask can express (recurrent layers, chunks).
+    The keys are the kinds in `config.layer_types`, or "" if all layers have one kind.
+    Raises `ValueError` for a kind that no mask can express, such as recurrent layers or chunks.
     """
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layers of the kind {', '.join(sorted(unknown))}")
+        raise ValueError(f"it has layers of the kind {', '.join(sorted(unknown))}")
     if not kinds:
         return {"": window}
     return {kind: window if kind == "sliding_attention" else None for kind in kinds}

@@ -1,8 +1,8 @@
-"""Llama-shaped layers in few operations: what a step of a small model spends its time on.
+"""Llama-shaped layers in few PyTorch operations.
 
-transformers' own layer takes about forty operations for a token, most of which cost more to start
-than to compute. `fuse` puts layers of about fifteen in their place, in the model itself, so that
-everything around them stays transformers' own. Each is checked against the layer it replaces.
+A layer of transformers takes about forty operations per token. In a small model, most of them cost
+more to start than to compute. `fuse` replaces these layers by layers of about fifteen operations,
+each checked against its original. The model around them stays transformers' own.
 """
 
 import logging
@@ -18,13 +18,13 @@ from transformers.activations import SiLUActivation
 
 from stream_generator.model.attention import attend, for_groups
 from stream_generator.model.kv_cache import SlotCache
-from stream_generator.model.linear import Linear, LinearModule, joined_bias, laid_out
+from stream_generator.model.linear import Linear, LinearModule, concatenated_bias, fastest_linear
 from stream_generator.model.quantization import Packing
 
 logger = logging.getLogger(__name__)
 
-# The most that a fused layer may differ from the layer it replaces, in standard deviations of what
-# the layer adds to its input: a few roundings, far below what a wrong formula makes.
+# The largest accepted difference of a fused layer from its original, in standard deviations of what
+# the layer adds to its input. It covers a few roundings; a wrong formula differs far more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -33,19 +33,18 @@ _MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
 class NotFusible(Exception):
-    """A layer is not of the shape that `FusedLayer` computes."""
+    """`FusedLayer` or `FusedDecoder` cannot compute what transformers computes."""
 
 
 class FusedLayer(nn.Module):
-    """A decoder layer of the shape of Llama, Mistral, Qwen2 and Qwen3.
+    """A decoder layer as Llama, Mistral, Qwen2 and Qwen3 have it.
 
-    RMSNorm; attention with rotary positions, over grouped heads, with or without biases and with or
-    without a norm for each head; RMSNorm; a gated MLP with SiLU.
-    Called as transformers calls the layer that it replaces, with any transformers cache.
+    It consists of RMSNorm, attention, RMSNorm, and a gated MLP with SiLU. Attention has grouped
+    heads and rotary positions; biases and a norm for each head are optional.
     """
 
     def __init__(self, layer: Any):
-        """Raises `NotFusible` if `layer` is of another shape."""
+        """layer: a layer of transformers. Raises `NotFusible` if it has another structure."""
         super().__init__()
         attention = layer.self_attn
         check_parts(layer)
@@ -61,17 +60,17 @@ class FusedLayer(nn.Module):
         head_norms = hasattr(attention, "q_norm")
         self.query_norm = RMSNorm(attention.q_norm) if head_norms else None
         self.key_norm = RMSNorm(attention.k_norm) if head_norms else None
-        products = {name: _side_by_side(linears) for name, linears in _products(layer).items()}
+        products = {name: _concatenate(linears) for name, linears in _products(layer).items()}
         self.qkv, self.output = products["qkv"], products["output"]
         self.gate_up, self.down = products["gate_up"], products["down"]
 
     @property
     def products(self) -> tuple[Linear, ...]:
-        """All of its products, packed or dense."""
+        """The matrix products of the layer, packed or dense."""
         return self.qkv, self.output, self.gate_up, self.down
 
     def pack(self, layer: Any, packing: Packing, names: dict[nn.Module, str]) -> None:
-        """Pack the products of the replaced `layer` as `packing` says."""
+        """Pack the weights of the replaced `layer`. names: the module names in the model."""
         for name, linears in _products(layer).items():
             named = {names[linear]: linear for linear in linears}
             setattr(self, name, packing.pack(named, getattr(self, name)))
@@ -87,13 +86,19 @@ class FusedLayer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """hidden_states: [rows, length, hidden]; returns the same. As transformers calls it.
+        """Compute the layer, with the arguments of transformers' own layers.
 
-        Raises `ValueError` for a mask of another kind than "sdpa" and "eager" attention have.
+        hidden_states: [rows, length, hidden]. attention_mask: [rows, 1, length, key length].
+        position_embeddings: cosines and sines, [rows, length, head size] each.
+        past_key_values: any transformers cache. Returns [rows, length, hidden].
+        Raises `ValueError` for a mask without 4 dimensions.
         """
-        assert position_embeddings is not None, "a Llama-shaped model gives them"
+        assert position_embeddings is not None, "a Llama-shaped model passes position_embeddings"
         if attention_mask is not None and attention_mask.dim() != 4:
-            raise ValueError('load the model with attn_implementation="sdpa" to fuse its layers')
+            raise ValueError(
+                f"the attention mask has {attention_mask.dim()} dimensions, but fused layers need "
+                '4; load the model with attn_implementation="sdpa"'
+            )
         rows, length, hidden = hidden_states.shape
         return self.step(
             hidden_states.reshape(-1, hidden),
@@ -111,10 +116,10 @@ class FusedLayer(nn.Module):
         mask: torch.Tensor | None,
         cache: Any,
     ) -> torch.Tensor:
-        """x: [rows * length, hidden]; returns the same. mask: as `attend` takes it."""
+        """Compute the layer. x, result: [rows * length, hidden]. mask: see `attend`."""
         heads = self.qkv(self.first_norm(x)).view(-1, length, self.heads, self.size)
-        turned = heads[:, :, : -self.key_heads]
-        rotation.apply(self._head_norms(turned), out=turned)
+        rotated = heads[:, :, : -self.key_heads]
+        rotation.apply(self._head_norms(rotated), out=rotated)
         queries, states = heads.split([self.query_heads, 2 * self.key_heads], dim=2)
         x = self.output.plus(self._attend(queries, states, mask, cache), x)
         return self.down.plus(self.gate_up.gated(self.second_norm(x)), x)
@@ -122,14 +127,14 @@ class FusedLayer(nn.Module):
     def _attend(
         self, queries: torch.Tensor, states: torch.Tensor, mask: torch.Tensor | None, cache: Any
     ) -> torch.Tensor:
-        """queries: [rows, length, heads, size]; states: of the key heads, keys and then values."""
+        """queries, states: [rows, length, heads, head size]; `states` is keys, then values."""
         if isinstance(cache, SlotCache):
             runs = cache.write(self.layer_index, states)
             if len(runs) == 1:
                 run, keys, values = runs[0]
-                return attend(queries, keys, values, run.of(mask), self.scale)
+                return attend(queries, keys, values, run.slice_mask(mask), self.scale)
             parts = [
-                attend(queries[run.rows], keys, values, run.of(mask), self.scale)
+                attend(queries[run.rows], keys, values, run.slice_mask(mask), self.scale)
                 for run, keys, values in runs
             ]
             return torch.cat(parts)
@@ -139,7 +144,7 @@ class FusedLayer(nn.Module):
         return attend(queries, keys, values, mask, self.scale)
 
     def _head_norms(self, heads: torch.Tensor) -> torch.Tensor:
-        """heads: [rows, length, query heads + key heads, size]"""
+        """heads: [rows, length, query heads + key heads, head size]"""
         if self.query_norm is None or self.key_norm is None:
             return heads
         queries, keys = heads.split([self.query_heads, self.key_heads], dim=2)
@@ -147,24 +152,24 @@ class FusedLayer(nn.Module):
 
 
 class RMSNorm:
-    """x / sqrt(mean of x squared + epsilon) * weight, over the last dimension.
+    """x / sqrt(mean(x²) + epsilon) * weight, over the last dimension.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv:1910.07467).
     """
 
     def __init__(self, norm: Any):
-        """norm: transformers' own."""
-        self._weight = norm.weight.detach().clone()  # the checkpoint's file is to be let go of
+        """norm: an RMSNorm module of transformers."""
+        self._weight = norm.weight.detach().clone()  # lets the checkpoint's file be closed
         self._epsilon = norm.variance_epsilon
         self._epsilons = torch.full((1,), self._epsilon, device=self._weight.device)
-        self._share = 1 / len(self._weight)
+        self._inverse_size = 1 / len(self._weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
             return functional.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
-        # PyTorch has a kernel for GPUs alone; on a CPU it takes ten operations, these are five.
+        # PyTorch's kernel is for GPUs. On a CPU it would take ten operations; these are five.
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.addcmul(self._epsilons, norm, norm, value=self._share).rsqrt_()
+        scale = torch.addcmul(self._epsilons, norm, norm, value=self._inverse_size).rsqrt_()
         return torch.mul(x * self._weight, scale, out=torch.empty_like(x))
 
 
@@ -172,9 +177,9 @@ class RMSNorm:
 class Rotation:
     """Rotary positions of a step's tokens.
 
-    cosines, sines: [rows, length, 1, size], the first half of the sines with its sign changed.
-    Source: Su et al., RoFormer, 2021 (arXiv:2104.09864), with halves paired as in GPT-NeoX:
-    x cos + (-second half, first half) sin, which is x cos + (the halves swapped)(-sin, sin).
+    cosines, sines: [rows, length, 1, head size]; the first half of the sines is negated.
+    Source: Su et al., RoFormer, 2021 (arXiv:2104.09864), with halves paired as in GPT-NeoX.
+    x cos + (-second half, first half) sin equals x cos + (second half, first half) (-sin, sin).
     """
 
     cosines: torch.Tensor
@@ -182,31 +187,31 @@ class Rotation:
 
     @classmethod
     def of(cls, cosines: torch.Tensor, sines: torch.Tensor) -> Self:
-        """From what transformers' rotary embeddings give: [rows, length, size] each."""
+        """cosines, sines: from transformers' rotary embeddings, [rows, length, head size] each."""
         first, second = sines.chunk(2, dim=-1)
         return cls(cosines.unsqueeze(2), torch.cat((-first, second), dim=-1).unsqueeze(2))
 
     def apply(self, heads: torch.Tensor, out: torch.Tensor) -> None:
-        """heads, out: [rows, length, heads, size]; they may be the same."""
+        """Rotate heads into `out`, which may be the same: [rows, length, heads, head size] each."""
         swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
         torch.addcmul(heads * self.cosines, swapped, self.sines, out=out)
 
     def at(self, positions: torch.Tensor) -> "Rotation":
-        """Of these positions, int64 [rows, length], where this one holds all, [1, all, 1, size]."""
+        """Select positions, int64 [rows, length]. `self` has one row, with all positions."""
         return Rotation(self.cosines[0][positions], self.sines[0][positions])
 
 
 class FusedDecoder:
-    """A model all of whose layers are fused, called without what transformers wraps around them."""
+    """A model whose layers are all fused, called without transformers' own code around them."""
 
     def __init__(self, model: Any, context_length: int):
-        """Raises `NotFusible` if `model` is not all fused, or does more around its layers."""
+        """Raises `NotFusible` if a layer is not fused, or if the model computes other logits."""
         base = model.base_model
         self._layers = list(getattr(base, "layers", ()))
         if not self._layers or not all(isinstance(layer, FusedLayer) for layer in self._layers):
-            raise NotFusible("some of its layers are its own")
+            raise NotFusible("some layers are not fused")
         if len({layer.group for layer in self._layers}) > 1:
-            raise NotFusible("its layers group their heads differently")
+            raise NotFusible("the layers differ in the number of query heads per key head")
         kinds = getattr(model.config, "layer_types", None)
         self._kinds = kinds or [""] * len(self._layers)
         self._embed = base.embed_tokens.weight.detach()
@@ -224,10 +229,10 @@ class FusedDecoder:
         masks: Mapping[str, torch.Tensor | None],
         cache: Any,
     ) -> torch.Tensor:
-        """Logits after the last token of each row: [rows, vocab].
+        """Compute the logits after the last token of each row: [rows, vocabulary].
 
-        input_ids, positions: int64 [rows, length]. masks: by kind of layer, see `masks`; causal
-        for None.
+        input_ids, positions: int64 [rows, length].
+        masks: for each kind of layer, see `kv_cache.masks`; None for causal attention.
         """
         rows, length = input_ids.shape
         rotation = self._rotation.at(positions)
@@ -241,41 +246,41 @@ class FusedDecoder:
 
     @torch.inference_mode()
     def _check(self, model: Any) -> None:
-        """Some families scale their embeddings or their logits, say."""
+        """Compare the logits with the model's: some families scale embeddings or logits."""
         ids = torch.tensor([[1, 2, 3, 4]], device=model.device)
         positions = torch.arange(ids.shape[1], device=model.device)[None]
         ours = self(ids, positions, dict.fromkeys(self._kinds), None).float()
         expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
         products = [self._head, *(p for layer in self._layers for p in layer.products)]
         tolerance = max(TOLERANCE.get(product.dtype, 0.0) for product in products)
-        require_same(ours, expected, tolerance, "what surrounds its layers")
+        require_same(ours, expected, tolerance, "the embedding, norm and output matrix")
 
 
 def check_parts(layer: Any) -> None:
-    """Raise `NotFusible` for a layer that is not of the shape that `FusedLayer` computes."""
+    """Raise `NotFusible` if a layer has another structure than `FusedLayer`."""
     attention, mlp = layer.self_attn, layer.mlp
-    head_norms = {"q_norm", "k_norm"} & _names(attention)
+    head_norms = {"q_norm", "k_norm"} & _child_names(attention)
     if (
-        _names(layer) != _LAYER_PARTS
-        or _names(attention) != _ATTENTION_PARTS | head_norms
-        or _names(mlp) != _MLP_PARTS
+        _child_names(layer) != _LAYER_PARTS
+        or _child_names(attention) != _ATTENTION_PARTS | head_norms
+        or _child_names(mlp) != _MLP_PARTS
         or len(head_norms) == 1
     ):
-        raise NotFusible("it has other parts than Llama's")
+        raise NotFusible("the layers have other parts than Llama's")
     if not isinstance(mlp.act_fn, (nn.SiLU, SiLUActivation)):
-        raise NotFusible(f"its activation is {type(mlp.act_fn).__name__}")
+        raise NotFusible(f"the activation is {type(mlp.act_fn).__name__}, not SiLU")
     for linears in _products(layer).values():
         if any(type(linear) is not nn.Linear for linear in linears):
-            raise NotFusible("its linear layers are of a kind of their own")
+            raise NotFusible("the linear layers are not of the class nn.Linear")
         if len({linear.bias is None for linear in linears}) > 1:
-            raise NotFusible("only some of its projections have a bias")
+            raise NotFusible("only some of the projections have a bias")
 
 
 def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
-    """Put fused layers in place of the model's own where they match; whether any does.
+    """Replace a model's layers by fused layers, and its output matrix by the fastest `Linear`.
 
-    The dense weights of a replaced layer are let go of, one layer after the other. The output
-    matrix is laid out as well. A layer that stays says so in the log.
+    packing: by default, all weights stay dense. A layer that computes something else stays, and the
+    log says why. Returns False if no layer is fused, or if the output matrix stays.
     """
     packing = packing or Packing()
     base = model.base_model
@@ -284,31 +289,31 @@ def fuse(model: PreTrainedModel, packing: Packing | None = None) -> bool:
         return False
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1 or "disk" in devices:
-        return False  # hooks on the layers carry the states from device to device
+        return False  # hooks of the layers move the states between devices
     names = {module: name for name, module in model.named_modules()}
-    stayed: dict[str, list[int]] = {}
+    unfused: dict[str, list[int]] = {}
     for index, layer in enumerate(layers):
         try:
             fused = FusedLayer(layer)
             _check(fused, layer, base.rotary_emb)
-        except Exception as error:  # whatever a layer of another shape raises, it stays
-            stayed.setdefault(str(error), []).append(index)
+        except Exception as error:  # a layer of another structure can raise anything
+            unfused.setdefault(str(error), []).append(index)
             continue
         fused.pack(layer, packing, names)
         layers[index] = fused
-    for reason, indices in stayed.items():
-        logger.warning("%d layers stay transformers' own: %s", len(indices), reason)
+    for reason, indices in unfused.items():
+        logger.warning("%d layers are not fused: %s", len(indices), reason)
     head = model.get_output_embeddings()
     if all(not isinstance(layer, FusedLayer) for layer in layers) or type(head) is not nn.Linear:
         return False
-    product = packing.pack({names[head]: head}, _side_by_side((head,)), least_bits=8)
+    product = packing.pack({names[head]: head}, _concatenate((head,)), least_bits=8)
     model.set_output_embeddings(LinearModule(product))
     return True
 
 
 @torch.inference_mode()
 def _check(fused: FusedLayer, layer: Any, rotary: Any) -> None:
-    """Raise `NotFusible` unless both add the same to random states."""
+    """Raise `NotFusible` unless both layers add the same to random states."""
     weight = layer.input_layernorm.weight
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, 8, weight.shape[0], generator=generator).to(weight)
@@ -323,14 +328,17 @@ def _check(fused: FusedLayer, layer: Any, rotary: Any) -> None:
 
 
 def require_same(ours: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str) -> None:
-    """Raise `NotFusible` where results differ by more than `tolerance` of their spread."""
+    """Raise `NotFusible` if results differ too much. tolerance: in standard deviations."""
     difference = float((ours - expected).std() / expected.std())
     if not difference <= tolerance:
-        raise NotFusible(f"{what} computes something else, by {difference:.1e} of its spread")
+        raise NotFusible(
+            f"the result of {what} differs from transformers' own by {difference:.1e} standard "
+            "deviations"
+        )
 
 
 def _products(layer: Any) -> dict[str, tuple[nn.Linear, ...]]:
-    """The linear layers that make one product each, by its name in `FusedLayer`."""
+    """The linear layers of each product, by the product's name in `FusedLayer`."""
     attention, mlp = layer.self_attn, layer.mlp
     return {
         "qkv": (attention.q_proj, attention.k_proj, attention.v_proj),
@@ -340,11 +348,11 @@ def _products(layer: Any) -> dict[str, tuple[nn.Linear, ...]]:
     }
 
 
-def _side_by_side(linears: tuple[nn.Linear, ...]) -> Linear:
-    """The dense product with all of these, which have the same inputs."""
+def _concatenate(linears: tuple[nn.Linear, ...]) -> Linear:
+    """One dense product of linear layers that have the same inputs."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
-    return laid_out(weight, joined_bias(linears))
+    return fastest_linear(weight, concatenated_bias(linears))
 
 
-def _names(module: nn.Module) -> set[str]:
+def _child_names(module: nn.Module) -> set[str]:
     return {name for name, _ in module.named_children()}

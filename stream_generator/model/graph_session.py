@@ -1,4 +1,4 @@
-"""ONNX Runtime: a graph that is ready to run, and its errors as the engine's own."""
+"""Sessions of ONNX Runtime, which run graphs on torch tensors."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,12 +10,9 @@ import onnxruntime
 import torch
 
 _DTYPES = {torch.float32: numpy.float32, torch.int64: numpy.int64, torch.int32: numpy.int32}
-# Threads keep a core while they wait for the next operation of a step, but not for longer than most
-# take, and not between steps: others need it then (docs/performance.md, "The graph").
-_SPINNING = {
-    "session.intra_op.spin_duration_us": "50",
-    "session.force_spinning_stop": "1",
-}
+# Threads spin while they wait for the next operation, but for at most 50 microseconds and not
+# between steps, because other threads need the cores (docs/performance.md, "The graph").
+_SPINNING = {"session.intra_op.spin_duration_us": "50", "session.force_spinning_stop": "1"}
 _OUT_OF_MEMORY = ("bad allocation", "bad_alloc", "failed to allocate")
 
 
@@ -24,12 +21,12 @@ class GraphFailed(RuntimeError):
 
 
 class GraphSession:
-    """One graph. Its inputs and outputs are torch tensors, which are neither copied nor kept."""
+    """A loaded graph. It does not copy its input and output tensors, nor keep them alive."""
 
     def __init__(self, graph: Path):
-        """graph: a file. It runs on as many threads as torch. Raises `GraphFailed`."""
+        """graph: an ONNX file. The session uses as many threads as torch. Raises as `run` does."""
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what fails is raised, and logged by the engine
+        options.log_severity_level = 4  # no logs: errors are raised, and the engine logs them
         options.intra_op_num_threads = torch.get_num_threads()
         for name, value in _SPINNING.items():
             options.add_session_config_entry(name, value)
@@ -40,15 +37,15 @@ class GraphSession:
 
     @property
     def inputs(self) -> list[str]:
-        """The names of its inputs."""
+        """The names of the graph's inputs."""
         return [value.name for value in self._session.get_inputs()]
 
     def binding(self) -> Any:
-        """A set of bound tensors, to be used for many calls."""
+        """Create an empty set of bound tensors, which many calls of `run` can use."""
         return self._session.io_binding()
 
     def run_once(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Run the graph on tensors; returns its first output. Raises as `run` does."""
+        """Run the graph on inputs by name; return its first output. Raises as `run` does."""
         with _errors():
             outputs = self._session.run(None, {name: x.numpy() for name, x in inputs.items()})
         return torch.from_numpy(outputs[0])
@@ -57,9 +54,9 @@ class GraphSession:
         self, binding: Any, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor],
         *, shrink: bool = False,
     ) -> None:  # fmt: skip
-        """Run the graph on the bound tensors and on these, which are contiguous.
+        """Bind more tensors by name, and run the graph on all tensors of the binding.
 
-        shrink: give memory that is not used afterwards back to the system.
+        inputs, outputs: see `bind`. shrink: return unused memory to the system afterwards.
         Raises `torch.OutOfMemoryError`, and `GraphFailed` for any other failure.
         """
         bind(binding, inputs, outputs)
@@ -72,7 +69,7 @@ class GraphSession:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Raise ONNX Runtime's errors, which share no class, as the engine knows them."""
+    """Convert ONNX Runtime's errors to the two that `run` raises; they share no class."""
     try:
         yield
     except Exception as error:
@@ -84,7 +81,7 @@ def _errors() -> Iterator[None]:
 def bind(
     binding: Any, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
 ) -> None:
-    """Bind tensors by their addresses: they must live as long as the binding is used."""
+    """Bind contiguous tensors by their addresses. They must live as long as the binding."""
     for bind_one, tensors in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
         for name, tensor in tensors.items():
             dtype = _DTYPES[tensor.dtype]

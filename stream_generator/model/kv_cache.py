@@ -1,8 +1,8 @@
-"""The slot cache: one row of keys and values for each request, all at different positions.
+"""The slot cache: keys and values of many requests, each at its own position.
 
-A slot holds `context_length` positions. A forward takes some slots, each from a position of its
-own; the keys of a token stay where they were first written until the slot is given to another
-request. Memory is reserved once; an operating system gives it page by page, as it is written.
+A slot holds `context_length` positions of one request. Each row of a forward reads and writes one
+slot, from a start position of its own. Keys and values never move within a slot. On a CPU, memory
+is reserved once, and the operating system provides each page when it is first written.
 """
 
 import math
@@ -18,11 +18,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Run:
-    """Rows of a forward whose slots are neighbours: they are read as one block.
+    """Adjacent rows of a forward whose slots are adjacent too, so that one view has all keys.
 
-    rows, slots: the same rows, counted in the forward and in the cache. key_length: the keys that
-    are read, as many as the longest of them has. needs_mask: some of them must not see all of
-    these.
+    rows: indices of the rows in the forward. slots: the slots of these rows.
+    key_length: number of keys of the longest row. needs_mask: causal attention would be wrong.
     """
 
     rows: slice
@@ -31,16 +30,16 @@ class Run:
     needs_mask: bool
 
     def view(self, store: torch.Tensor) -> torch.Tensor:
-        """This run's part of keys or values: [rows of the run, heads, key_length, size]."""
-        # store[self.slots, :, :self.key_length], in one operation where that takes three
+        """The run's part of keys or values: [rows of the run, key heads, key length, head size]."""
+        # One operation in place of the three of store[self.slots, :, :self.key_length].
         _, heads, _, size = store.shape
         strides = store.stride()
         start = store.storage_offset() + self.slots.start * strides[0]
         rows = self.slots.stop - self.slots.start
         return store.as_strided((rows, heads, self.key_length, size), strides, start)
 
-    def of(self, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """This run's part of a forward's mask."""
+    def slice_mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """The run's part of a forward's mask; None if the run needs no mask."""
         if mask is None or not self.needs_mask:
             return None
         return mask[self.rows, :, :, : self.key_length]
@@ -48,10 +47,10 @@ class Run:
 
 @dataclass(frozen=True)
 class SlotRows:
-    """What the next forward reads and writes: one row a request.
+    """The rows of the next forward, one row per request.
 
-    slots: which slot each row is. starts: the position of its first new token.
-    length: new tokens a row. windowed: some layers look only so far back.
+    slots: the slot of each row. starts: the position of the first new token of each row.
+    length: new tokens per row. windowed: some layers have a sliding window.
     """
 
     slots: tuple[int, ...]
@@ -61,48 +60,48 @@ class SlotRows:
 
     @property
     def key_length(self) -> int:
-        """The keys that are read, as many as the longest row has."""
+        """The number of keys of the longest row."""
         return max(self.starts) + self.length
 
     @cached_property
     def runs(self) -> list[Run]:
-        """The rows in as few runs as there are; a run of several has one new token each."""
+        """The rows in as few runs as possible."""
         runs: list[Run] = []
         first = 0
         for row in range(1, len(self.slots) + 1):
             if row < len(self.slots) and self.slots[row] == self.slots[row - 1] + 1:
                 continue
             starts = self.starts[first:row]
-            # Without a mask, attention is causal from the first key on, or sees all for one token.
-            plain = len(set(starts)) == 1 and (self.length == 1 or starts[0] == 0)
+            # Without a mask, one new token sees all keys, and several must begin at position 0.
+            is_causal = len(set(starts)) == 1 and (self.length == 1 or starts[0] == 0)
             runs.append(
                 Run(
                     slice(first, row),
                     slice(self.slots[first], self.slots[first] + row - first),
                     max(starts) + self.length,
-                    needs_mask=self.windowed or not plain,
+                    needs_mask=self.windowed or not is_causal,
                 )
             )
             first = row
         return runs
 
     def positions(self, device: torch.device) -> torch.Tensor:
-        """int64 [rows, length]"""
+        """The positions of the new tokens: int64 [rows, length]."""
         starts = torch.tensor(self.starts, device=device)
         return starts[:, None] + torch.arange(self.length, device=device)
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values: [slots, heads, context_length, head size] each."""
+    """One layer's keys and values: [slots, key heads, context length, head size] each."""
 
-    is_sliding = False  # a sliding window is a matter of the mask here
+    is_sliding = False  # the masks hide what a sliding window excludes
 
     def __init__(self, slots: int, context_length: int, like: tuple[torch.Tensor, torch.Tensor]):
-        """like: keys and values of this layer from another cache, [rows, heads, tokens, size]."""
+        """like: the layer's keys and values in another cache, [rows, heads, tokens, head size]."""
         super().__init__()
         key_heads, value_heads = (t.shape[1] for t in like)
         self._stores: tuple[torch.Tensor, ...]
-        if like[0].shape[3] == like[1].shape[3]:  # one place for both, so that one write does it
+        if like[0].shape[3] == like[1].shape[3]:  # one tensor for both needs only one write
             shape = (slots, key_heads + value_heads, context_length, like[0].shape[3])
             store = zeros(shape, like[0].dtype, like[0].device)
             self.keys, self.values = store.split([key_heads, value_heads], dim=1)
@@ -116,16 +115,16 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.rows: SlotRows | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing is left to do."""
+        """Do nothing: `__init__` has allocated all memory."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write the new tokens' states; return all that the rows may look at.
+        """Write the new tokens' states; return the keys and values of the rows.
 
-        key_states, value_states: [rows, heads, length, size]
-        Returns keys and values: [rows, heads, key_length, size]. What lies beyond a row's own
-        position is of no meaning, and masked.
+        key_states, value_states: [rows, key heads, length, head size].
+        Returns keys and values: [rows, key heads, key length, head size] each. The mask must hide
+        the positions after a row's last token, whose content has no meaning.
         """
         states = [key_states, value_states]
         if len(self._stores) == 1:
@@ -134,13 +133,13 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._read(self.keys, rows), self._read(self.values, rows)
 
     def write(self, *states: torch.Tensor) -> SlotRows:
-        """Write the new tokens' states into the rows' slots, and return the rows.
+        """Write the new tokens' states into the rows' slots; return the rows.
 
-        states: [rows, length, key heads + value heads, size], or one for each where they differ in
-        size.
+        states: [rows, length, key heads + value heads, head size]. If the head sizes of keys and
+        values differ: two tensors, [rows, length, heads, head size] each.
         """
         rows = self.rows
-        assert rows is not None, "a forward must be told its rows"
+        assert rows is not None, "call SlotCache.select before a forward"
         for store, new in zip(self._stores, states, strict=True):
             if rows.length == 1:
                 _, heads, context, size = store.shape
@@ -171,15 +170,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     @staticmethod
     def _read(store: torch.Tensor, rows: SlotRows) -> torch.Tensor:
         if len(rows.runs) == 1:
-            return rows.runs[0].view(store)  # neighbours: no copy
+            return rows.runs[0].view(store)  # one view, no copy
         return store[:, :, : rows.key_length][list(rows.slots)]
 
 
 class SlotCache(Cache):  # type: ignore[misc]
-    """A transformers cache in which every row has a length of its own.
+    """A transformers cache in which every row has its own length.
 
-    `select` says which rows the next forward is about; its `position_ids` and its mask (see
-    `masks`) must be made for the same rows.
+    Before each forward, `select` sets its rows. The forward's `position_ids` and mask (see `masks`)
+    must be made for the same rows.
     """
 
     def __init__(self, like: Cache, slots: int, context_length: int):
@@ -197,17 +196,17 @@ class SlotCache(Cache):  # type: ignore[misc]
     def write(
         self, layer_index: int, states: torch.Tensor
     ) -> list[tuple[Run, torch.Tensor, torch.Tensor]]:
-        """Write a layer's new states; all keys and values of each run of the rows.
+        """Write a layer's new states; return each run of the rows with its keys and values.
 
-        states: [rows, length, key heads + value heads, size]. Returned: views, [rows of the run,
-        heads, key_length, size]. For attention of our own: `update` copies where rows lie apart.
+        states: [rows, length, key heads + value heads, head size]. Keys and values are views,
+        [rows of the run, key heads, key length, head size]; `update` would copy several runs.
         """
         layer = self.layers[layer_index]
         rows = layer.write(states)
         return [(run, run.view(layer.keys), run.view(layer.values)) for run in rows.runs]
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
-        """Give slot `target` the first `length` positions of slot `source`."""
+        """Copy the first `length` positions of slot `source` to slot `target`."""
         for layer in self.layers:
             layer.copy_slot(source, target, length)
 
@@ -217,11 +216,11 @@ class SlotCache(Cache):  # type: ignore[misc]
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU) -> torch.Tensor:
-    """Zeros for keys or values.
+    """Allocate zeros for keys or values.
 
-    On the CPU the operating system is to make each page when it is first written: torch.zeros would
-    write, and so occupy, all of it now. Small pages: a new token touches a place in every head of
-    every layer, and huge pages would make 2 MB of each.
+    On a CPU, the operating system provides each page when it is first written; torch.zeros would
+    write, and so occupy, all memory now. Pages are small: a new token writes to one place in every
+    head of every layer, and would occupy a huge page of 2 MB for each place.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -231,16 +230,16 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-@lru_cache(maxsize=8)  # one step asks for the same rows in every layer
+@lru_cache(maxsize=8)  # all layers of a step have the same rows
 def _flat_positions(rows: SlotRows, heads: int, context: int, device: torch.device) -> torch.Tensor:
-    """Where in [slots * heads * context] the new tokens go: int64 [rows * heads]."""
+    """Indices of one new token per row in [slots * heads * context]: int64 [rows * heads]."""
     slots, starts = torch.tensor([rows.slots, rows.starts], device=device)
     by_head = slots[:, None] * heads + torch.arange(heads, device=device)
     return torch.flatten(by_head * context + starts[:, None])
 
 
 def bytes_per_token(filled: Cache) -> int:
-    """What one position costs, over all layers, by the cache of one row that a model has filled."""
+    """Bytes per position, over all layers. filled: a cache that a forward has filled."""
     return sum(
         t.shape[1] * t.shape[3] * t.element_size()
         for layer in filled.layers
@@ -249,28 +248,27 @@ def bytes_per_token(filled: Cache) -> int:
 
 
 def describe_slots(slots: int, context_length: int, token_bytes: int) -> str:
-    """How many requests of what length, and in how much memory, for a person."""
+    """Describe the number of slots, their length and their memory, for the log."""
     return (
-        f"up to {slots} requests at a time of up to {context_length} tokens each, "
-        f"{slots * context_length * token_bytes / 1e9:.1f} GB for keys and values when all are full"
+        f"up to {slots} requests at a time, with up to {context_length} tokens each; their keys "
+        f"and values take up to {slots * context_length * token_bytes / 1e9:.1f} GB"
     )
 
 
 def masks(
     rows: SlotRows, windows: dict[str, int | None], device: torch.device, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The attention masks of a forward by kind of layer: 0, or -inf for keys that are not seen.
+    """Create the masks of a forward: one per kind of layer, [rows, 1, length, key length].
 
-    windows: for each kind of layer, how many positions back it looks; None for all (see
-    `attention_windows`). Each mask is [rows, 1, length, key_length], of `dtype`.
+    A mask is added to the scores: 0 for a visible key, -inf for a hidden one.
+    windows: the number of positions that each kind of layer sees, see `attention_windows`.
     """
     queries = rows.positions(device)[:, None, :, None]
     keys = torch.arange(rows.key_length, device=device)
-    unseen = keys > queries
-    made = {}
+    future = keys > queries
+    masks_by_kind = {}
     for kind, window in windows.items():
-        hidden = unseen if window is None else unseen | (keys <= queries - window)
-        made[kind] = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(
-            hidden, -math.inf
-        )
-    return made
+        hidden = future if window is None else future | (keys <= queries - window)
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+        masks_by_kind[kind] = mask.masked_fill_(hidden, -math.inf)
+    return masks_by_kind

@@ -1,7 +1,7 @@
-"""Linear layers in the layout that their kernel reads fastest.
+"""Linear layers in the memory layout that is fastest on their device.
 
-Every one offers the same three products, so that what follows a product in a transformer layer (the
-gate, the residual) is done while its result is still in registers, where the kernel can.
+Each class offers the same three products. Two of them include the gate or the residual that follows
+in a transformer layer: some kernels compute it while the product is still in registers.
 """
 
 from abc import ABC, abstractmethod
@@ -13,37 +13,38 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-# oneDNN lays a weight out for a number of rows it is told. What it chooses for this many serves one
-# row and a thousand equally well.
+# oneDNN chooses a weight's layout for this number of rows. The layout is as good for one row as for
+# a thousand.
 ROWS_HINT = 64
 
 
 class Linear(Protocol):
-    """x: [rows, in], contiguous; other: [rows, out]; all return [rows, out].
+    """A linear layer with weight W [out, in] and bias b [out].
 
-    dtype: the coarsest that inputs may be rounded to, whatever theirs is.
+    x: [rows, in], contiguous. other: [rows, out].
+    dtype: the coarsest dtype to which the layer may round its inputs.
     """
 
     dtype: torch.dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x W + b"""
+        """x Wᵀ + b: [rows, out]"""
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
-        """silu(first half of x W + b) * second half: [rows, out / 2]"""
+        """silu(first half of x Wᵀ + b) * second half: [rows, out / 2]"""
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        """x W + b + other"""
+        """x Wᵀ + b + other: [rows, out]"""
 
 
 class PlainLinear(ABC):
-    """A product, followed by the gate or the residual as an operation of its own."""
+    """A linear layer that computes the gate and the residual as separate operations."""
 
     dtype: torch.dtype
 
     @abstractmethod
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x W + b"""
+        """x Wᵀ + b: [rows, out]"""
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self(x).chunk(2, dim=1)
@@ -54,7 +55,7 @@ class PlainLinear(ABC):
 
 
 class DenseLinear(PlainLinear):
-    """A weight as the checkpoint has it, [out, in]: for a GPU, or where oneDNN refuses it."""
+    """A weight [out, in] in PyTorch's layout, for GPUs and for dtypes that oneDNN rejects."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         self._weight, self._bias, self.dtype = weight, bias, weight.dtype
@@ -64,10 +65,7 @@ class DenseLinear(PlainLinear):
 
 
 class ReorderedLinear(PlainLinear):
-    """A weight in oneDNN's own blocked layout, for a CPU.
-
-    `functional.linear` would reorder it at each call.
-    """
+    """A weight in oneDNN's blocked layout: `functional.linear` would reorder it in each call."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
@@ -87,25 +85,25 @@ class ReorderedLinear(PlainLinear):
 
 
 class LinearModule(nn.Module):
-    """A `Linear` in the place of a module of transformers'."""
+    """A `Linear` that replaces an `nn.Linear` of a model."""
 
     def __init__(self, linear: Linear):
         super().__init__()
         self.linear = linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [..., in], returns [..., out]."""
+        """x: [..., in]. Returns [..., out]."""
         return self.linear(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
 
 
-def joined_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
-    """The biases of several layers, which all have one or none of them has, side by side."""
+def concatenated_bias(linears: Sequence[nn.Linear]) -> torch.Tensor | None:
+    """Concatenate the biases of layers that all have one; return None if no layer has one."""
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     return torch.cat(biases) if biases else None
 
 
-def laid_out(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
-    """The `Linear` of this weight, float [out, in], that is fastest on its device."""
+def fastest_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
+    """Create the fastest `Linear` for a weight, float [out, in], on the weight's device."""
     if weight.device.type == "cpu" and can_reorder(weight.dtype):
         return ReorderedLinear(weight, bias)
     return DenseLinear(weight, bias)
@@ -113,10 +111,10 @@ def laid_out(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Linear:
 
 @cache
 def can_reorder(dtype: torch.dtype) -> bool:
-    """Whether oneDNN accepts weights of this dtype here.
+    """Whether oneDNN accepts weights of this dtype on this processor.
 
-    It refuses bfloat16 and float16 on processors without instructions for them, as those with AVX2
-    alone; and some builds of PyTorch lack oneDNN.
+    oneDNN rejects bfloat16 and float16 on processors without instructions for them, such as those
+    with AVX2 only. Some builds of PyTorch lack oneDNN.
     """
     try:
         ReorderedLinear(torch.zeros(16, 16, dtype=dtype))

@@ -1,6 +1,6 @@
-"""Packed weights on a GPU: four bits each, or eight as two times four, by PyTorch's own kernel.
+"""Packed weights on a GPU, computed by PyTorch's kernel for four bits.
 
-A step for a few rows spends its time reading weights, so fewer bytes mean more tokens a second.
+A step for a few rows spends its time reading weights, so fewer bytes mean more tokens per second.
 """
 
 from collections.abc import Callable
@@ -10,31 +10,31 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from stream_generator.model.linear import Linear, PlainLinear, joined_bias
+from stream_generator.model.linear import Linear, PlainLinear, concatenated_bias
 from stream_generator.model.packed_weight import (
     GROUP,
-    MIDDLE,
+    UNSIGNED_OFFSET,
     PackedWeight,
     same_format_runs,
     scaled,
 )
 
-# From so many rows on, the weights are made dense for one product: the packed kernel's time grows
-# with the rows.
+# The number of rows from which a product unpacks its weights first, because the time of the packed
+# kernel grows with the rows.
 MANY_ROWS = 64
 
 
 class PackedLinear(PlainLinear):
-    """A product with a `PackedWeight` on a GPU. It takes inputs of any dtype.
+    """A linear layer with a `PackedWeight` on a GPU, for inputs of any dtype.
 
-    Eight bits are two times four, v = 16 high + low, side by side along the inputs: the kernel for
-    eight bits has one scale for a whole output, which costs quality.
+    A value of eight bits becomes two of four, v = 16 high + low, concatenated along the inputs.
+    PyTorch's kernel for eight bits has one scale for a whole output, which costs quality.
     """
 
-    dtype = torch.bfloat16  # the kernel's
+    dtype = torch.bfloat16  # of the kernel
 
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None):
-        """weight: in groups of 32, on a GPU."""
+        """weight: in groups of 32, on a GPU. bias: [out]."""
         values, scales, zeros = weight.values, weight.scales, weight.zeros
         self._weight, self._scales, self._zeros = weight.stored(), scales, zeros
         self._bits, self._bias = weight.bits, bias
@@ -66,14 +66,14 @@ class PackedLinear(PlainLinear):
 def dense_from_stored(
     stored: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """What `PackedWeight.stored` stands for: float32 [out, in]."""
+    """Unpack the result of `PackedWeight.stored`: float32 [out, in]."""
     if bits == 4:
         stored = torch.stack((stored & 15, stored >> 4), dim=3).flatten(2)
-    return scaled(stored.float() - MIDDLE[bits], scales, zeros)
+    return scaled(stored.float() - UNSIGNED_OFFSET[bits], scales, zeros)
 
 
-def in_thirty_twos(weight: PackedWeight) -> PackedWeight:
-    """The nearest weight in groups of 32, which the kernel takes."""
+def in_groups_of_32(weight: PackedWeight) -> PackedWeight:
+    """Pack a weight again unless its groups have 32 inputs, as the kernel requires."""
     return weight if weight.group == GROUP else PackedWeight.of(weight.dense(), weight.bits)
 
 
@@ -81,21 +81,22 @@ def in_thirty_twos(weight: PackedWeight) -> PackedWeight:
 class Packing:
     """How the linear layers of a model on a GPU are packed.
 
-    bits: 4 or 8, of what `saved` has not packed; 0: that stays dense. saved: the packed weight of
-    a module, by its name, or None.
+    saved: returns the weight of a module, by name, if the checkpoint has it packed; else None.
+    bits: 4 or 8, for the modules that `saved` lacks; 0 leaves these modules dense.
     """
 
     bits: int = 0
     saved: Callable[[str], PackedWeight | None] = lambda name: None
 
     def pack(self, named: dict[str, nn.Linear], dense: Linear, *, least_bits: int = 4) -> Linear:
-        """The product with all these side by side, packed; `dense`, if they are not to be packed.
+        """Pack linear layers into one product; return `dense` if they must stay dense.
 
-        named: linear layers with the same inputs, by their names in the model.
+        named: linear layers with the same inputs, by their names in the model. dense: their product
+        in dense weights. least_bits: a lower bound of `bits` for these layers.
         """
         linears = list(named.values())
         device = linears[0].weight.device
-        # What the kernel can take: 16 outputs and a group of inputs at a time.
+        # The kernel needs a multiple of 16 outputs, and whole groups of inputs.
         if any(x.out_features % 16 or x.in_features % GROUP for x in linears):
             return dense
         weights = []
@@ -106,8 +107,8 @@ class Packing:
             weights.append(
                 PackedWeight.of(linear.weight, max(self.bits, least_bits))
                 if saved is None
-                else in_thirty_twos(saved).to(device)
+                else in_groups_of_32(saved).to(device)
             )
-        if len(list(same_format_runs(weights))) > 1:  # one kernel call takes one format
+        if len(list(same_format_runs(weights))) > 1:  # the kernel needs one format
             weights = [PackedWeight.of(weight.dense(), 8) for weight in weights]
-        return PackedLinear(PackedWeight.joined(weights), joined_bias(linears))
+        return PackedLinear(PackedWeight.concatenate(weights), concatenated_bias(linears))

@@ -1,7 +1,7 @@
-"""A model's step as an ONNX graph: from ids, and the keys and values so far, to logits.
+"""A model's step as an ONNX graph: from ids and the KV cache to logits.
 
-The graph computes what `FusedLayer` computes, with packed weights (see `StepGraph` for its inputs).
-Operators: ONNX 21, and ONNX Runtime's MatMulNBits, GroupQueryAttention, GatherBlockQuantized and
+The graph computes the same layers as `FusedLayer`, but with packed weights. Its operators are those
+of ONNX 21, and ONNX Runtime's MatMulNBits, GroupQueryAttention, GatherBlockQuantized, QuickGelu and
 SkipSimplifiedLayerNormalization.
 """
 
@@ -19,14 +19,17 @@ from stream_generator.model.packed_weight import (
     same_format_runs,
 )
 
-INT8_INPUTS = 4  # MatMulNBits' level of accuracy with kernels for AVX2, AVX-512 and ARM
-QUERY_LENGTHS = 16  # the index of `query_seqlens` among GroupQueryAttention's inputs
+INT8_INPUTS = 4  # accuracy_level of MatMulNBits that has kernels for AVX2, AVX-512 and ARM
+QUERY_LENGTHS = 16  # index of the input `query_seqlens` of GroupQueryAttention
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a model's layers have in common. windows: of each layer, how many positions it sees;
-    None: all."""
+    """The dimensions of a model's layers.
+
+    size: of a head. scale: of the attention scores. epsilon: of the norms.
+    windows: the number of positions that each layer sees; None for all.
+    """
 
     hidden: int
     heads: int
@@ -39,15 +42,17 @@ class LayerShape:
 
 
 class StepGraph:
-    """Builds the graph, one layer after the other. A row is one token of one slot.
+    """Builds the graph, one layer after the other. A row is one new token of one slot.
+
+    Methods take and return names of values in the graph. `states` are float [rows, hidden].
 
     Inputs:
         ids: int64 [rows]
         rows_by_slot: int64 [slots, length], the row of each new token of each slot
-        slot_by_row: int64 [rows, 2], each row's slot, and its index among the slot's new tokens
-        lengths: int32 [slots], the number of new tokens
-        last_keys: int32 [slots], the position of the last new token
-        total: int32, the tokens of the longest slot, the new ones included
+        slot_by_row: int64 [rows, 2], the indices of each row in `rows_by_slot`
+        lengths: int32 [slots], the number of new tokens of each slot
+        last_keys: int32 [slots], the position of the last new token of each slot
+        total: int32, the number of tokens in the longest slot, new tokens included
         cosines, sines: float [context, head size / 2]
         keys.N, values.N: float [slots, key heads, context, head size]
         wanted: int64 [any], the rows whose logits are computed
@@ -62,7 +67,7 @@ class StepGraph:
         self._block_sums: dict[str, str] = {}
 
     def embed(self) -> str:
-        """Look up the embeddings of `ids`; returns the name of the states."""
+        """Look up the embeddings of `ids`; return the states."""
         self.writer.input("ids", TensorProto.INT64, ["rows"])
         name = "model.embed_tokens"
         packed = self._weights.packed(name)
@@ -92,14 +97,14 @@ class StepGraph:
         )
 
     def norm(self, states: str, name: str) -> str:
-        """RMSNorm with the weight of a module."""
+        """Apply RMSNorm with the weight of the module `name`."""
         return self.writer.node(
             "SimplifiedLayerNormalization", [states, self._float(f"{name}.weight")],
             axis=-1, epsilon=self._shape.epsilon,
         )  # fmt: skip
 
     def add_and_norm(self, new: str, states: str, name: str) -> tuple[str, str]:
-        """Add to the states, and normalise the sum; returns the normalised and the sum."""
+        """Add `new` to the states; return the normalised sum and the sum."""
         outputs = [f"{name}.normed", "", "", f"{name}.sum"]
         self.writer.add(
             "SkipSimplifiedLayerNormalization",
@@ -111,7 +116,7 @@ class StepGraph:
         return outputs[0], outputs[3]
 
     def attention(self, normed: str, layer: int) -> str:
-        """The attention block of a layer, to be added to the states."""
+        """Compute what a layer's attention adds to the states."""
         shape, name = self._shape, f"model.layers.{layer}.self_attn"
         if not self.writer.has_input("rows_by_slot"):
             self._attention_inputs()
@@ -144,22 +149,22 @@ class StepGraph:
         )
 
     def mlp(self, normed: str, layer: int) -> str:
-        """The gated MLP of a layer, to be added to the states."""
+        """Compute what a layer's gated MLP adds to the states."""
         name = f"model.layers.{layer}.mlp"
         both = self._linear(normed, [f"{name}.gate_proj", f"{name}.up_proj"])
         gate, up = self.writer.split(both, 2)
-        activated = self.writer.node("QuickGelu", [gate], CONTRIB, alpha=1.0)  # x sigmoid(x): SiLU
+        activated = self.writer.node("QuickGelu", [gate], CONTRIB, alpha=1.0)  # SiLU: x sigmoid(x)
         return self._linear(self.writer.node("Mul", [activated, up]), [f"{name}.down_proj"])
 
     def layer(self, states: str, index: int) -> str:
-        """A whole layer by itself; returns the new states."""
+        """Compute one whole layer; return the new states."""
         name = f"model.layers.{index}"
         attended = self.attention(self.norm(states, f"{name}.input_layernorm"), index)
         normed, states = self.add_and_norm(attended, states, f"{name}.post_attention_layernorm")
         return self.writer.node("Add", [self.mlp(normed, index), states])
 
     def layers(self, states: str, indices: Sequence[int]) -> str:
-        """These layers and the norm after the last; returns the normalised states."""
+        """Compute these layers and the model's last norm; return the normalised states."""
         norms = [f"model.layers.{index}.input_layernorm" for index in indices] + ["model.norm"]
         normed = self.norm(states, norms[0])
         for index, norm in zip(indices, norms[1:], strict=True):
@@ -169,14 +174,14 @@ class StepGraph:
         return normed
 
     def head(self, normed: str) -> None:
-        """The logits of the rows that are wanted."""
+        """Compute the logits of the rows in `wanted`, as an output of the graph."""
         self.writer.input("wanted", TensorProto.INT64, ["any"])
         self.writer.result(
             self._linear(self.writer.node("Gather", [normed, "wanted"]), ["lm_head"]), "logits"
         )
 
     def states_input(self) -> str:
-        """The states as an input, for a graph without `embed`."""
+        """Declare the states as an input, for a graph without `embed`."""
         return self.writer.input("states", TensorProto.FLOAT, ["rows", self._shape.hidden])
 
     def _attention_inputs(self) -> None:
@@ -189,7 +194,7 @@ class StepGraph:
             self.writer.input(name, TensorProto.FLOAT, ["context", self._shape.size // 2])
 
     def _head_norms(self, qkv: str, name: str) -> list[str]:
-        """Queries, keys and values apart, the first two normalised head by head."""
+        """Split queries, keys and values; normalise each head of the queries and keys."""
         shape = self._shape
         sizes = [n * shape.size for n in (shape.heads, shape.key_heads, shape.key_heads)]
         q, k, v = self.writer.split(qkv, 3, sizes)
@@ -205,16 +210,13 @@ class StepGraph:
         return [self.writer.node("Gather", [x, "rows_by_slot"], axis=0) for x in (*normed, v)]
 
     def _linear(self, x: str, modules: list[str]) -> str:
-        """The product with the weights of these modules side by side, which have the same inputs.
-
-        A weight's zeros add (sum of a group's inputs) * zero: a small product of its own.
-        """
+        """Multiply `x` by the concatenated weights of modules that have the same inputs."""
         weights = [self._packed(module) for module in modules]
         outputs, start = [], 0
         for run in same_format_runs(weights):
             names = modules[start : start + len(run)]
             start += len(run)
-            outputs.append(self._product(x, PackedWeight.joined(run), names))
+            outputs.append(self._product(x, PackedWeight.concatenate(run), names))
         if len(outputs) == 1:
             return outputs[0]
         return self.writer.node("Concat", outputs, axis=-1)
@@ -241,6 +243,7 @@ class StepGraph:
         )  # fmt: skip
         if weight.zeros is None or not bool(weight.zeros.any()):
             return y
+        # Each group adds (sum of its inputs) * zero.
         zeros = self.writer.weight(f"{name}.zeros", weight.zeros.T)
         return self.writer.node("Gemm", [self._block_sum(x, ins, weight.group), zeros, y])
 
@@ -251,7 +254,7 @@ class StepGraph:
             return None
 
     def _block_sum(self, x: str, ins: int, group: int) -> str:
-        """The sums of each row's groups of inputs, once for all products with the same inputs."""
+        """Sum each group of inputs. Products with the same inputs share these sums."""
         key = f"{x}/{group}"
         if key not in self._block_sums:
             grouped = self.writer.numbers(f"groups.{ins}.{group}", [-1, ins // group, group])

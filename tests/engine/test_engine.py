@@ -228,7 +228,7 @@ def test_slots_follow_from_what_is_asked_for() -> None:
     model = tiny_llama(vocab_size=258)
     runner = runner_for(model, 256, max_concurrent=5, max_context=100)
     assert (runner.slots, runner.context_length) == (5, 100)
-    assert "up to 5 requests at a time of up to 100 tokens" in runner.describe()
+    assert "up to 5 requests at a time, with up to 100 tokens each" in runner.describe()
     engine = Engine(Checkpoint.of(model, byte_tokenizer()), runner=runner)
     with pytest.raises(PromptTooLong, match="context holds 100"):
         engine.submit([1] * 100, SamplingParams())

@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_generator.model import packed_weight
-from stream_generator.model.linear import DenseLinear, ReorderedLinear, can_reorder, laid_out
+from stream_generator.model.linear import DenseLinear, ReorderedLinear, can_reorder, fastest_linear
 from stream_generator.model.packed_weight import PackedWeight, same_format_runs
 from stream_generator.model.quantization import (
     MANY_ROWS,
     PackedLinear,
     Packing,
     dense_from_stored,
-    in_thirty_twos,
+    in_groups_of_32,
 )
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
@@ -51,7 +51,7 @@ def test_packing_some_rows_at_a_time_packs_the_same(
 ) -> None:
     weight = random(48, 64)
     whole = PackedWeight.of(weight, bits).dense()
-    monkeypatch.setattr(packed_weight, "SLICE_BYTES", 1)
+    monkeypatch.setattr(packed_weight, "SLICE_NUMBERS", 1)
     assert torch.equal(PackedWeight.of(weight, bits).dense(), whole)
 
 
@@ -59,7 +59,7 @@ def test_packing_some_rows_at_a_time_packs_the_same(
 def test_joined_weights_have_their_outputs_side_by_side(bits: int) -> None:
     parts = [PackedWeight.of(random(n, 64), bits) for n in (16, 32)]
     together = torch.cat([part.dense() for part in parts])
-    assert torch.equal(PackedWeight.joined(parts).dense(), together)
+    assert torch.equal(PackedWeight.concatenate(parts).dense(), together)
 
 
 def test_neighbours_of_one_format_make_a_run() -> None:
@@ -77,7 +77,7 @@ def test_what_is_stored_stands_for_the_weight(bits: int) -> None:
 
 def test_a_weight_in_groups_of_sixteen_is_packed_anew_for_a_gpu() -> None:
     fine = PackedWeight(8, torch.randint(-32, 32, (16, 64), dtype=torch.int8), random(16, 4).abs())
-    coarse = in_thirty_twos(fine)
+    coarse = in_groups_of_32(fine)
     assert (fine.group, coarse.group) == (16, 32)
     error = (coarse.dense() - fine.dense()).std() / fine.dense().std()
     assert float(error) < 0.01
@@ -118,7 +118,7 @@ def test_every_layout_offers_the_same_products(
         t.to(dtype) for t in (random(32, 64) / 8, random(rows, 64), random(rows, 32))
     )
     bias = random(32).to(dtype) if with_bias else None
-    layouts = [DenseLinear(weight, bias), laid_out(weight, bias)]
+    layouts = [DenseLinear(weight, bias), fastest_linear(weight, bias)]
     assert isinstance(layouts[1], ReorderedLinear) == can_reorder(dtype)
     y = x.float() @ weight.float().T + (0 if bias is None else bias.float())
     expected = [y, torch.nn.functional.silu(y[:, :16]) * y[:, 16:], y + other.float()]

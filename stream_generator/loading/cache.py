@@ -32,12 +32,10 @@ class SourceCache:
         name = f"{source.resolve().name}-{_fingerprint(source.resolve())[:8]}"
         self._directory = (cache or cache_directory()) / MODELS / name
 
-    def get_or_make(
-        self, kind: str, version: object, make: Callable[[Path], None], size: int = 0
-    ) -> Path:
-        """Return the directory of a kind. Calls `make` if the cache lacks this version of the kind.
+    def get(self, kind: str, version: object, make: Callable[[Path], None], size: int = 0) -> Path:
+        """Return the directory of a kind; make this version of it if the cache lacks it.
 
-        Removes older versions. The other arguments and errors are those of `make_once`.
+        Then removes older versions. `make`, `size` and the errors are those of `make_once`.
         """
         path = self._directory / f"{kind}-{_fingerprint(version, self._state)}"
         if path.is_dir():
@@ -50,11 +48,10 @@ class SourceCache:
 
 
 def make_once(directory: Path, make: Callable[[Path], None], size: int = 0) -> Path:
-    """Return `directory`. If it does not exist, one process calls `make(path)` to create it.
+    """Return `directory`. If it does not exist, call `make(path)` in one process to create it.
 
-    `path` is a temporary place; the result is then renamed, so `directory` is always complete.
-    size: bytes that it will take. Raises `CheckpointError` if the place is not writable, or has too
-    little free space.
+    `path` is temporary and is renamed at the end, so `directory` is always complete. size: bytes
+    that it will take. Raises `CheckpointError` if the disk is not writable, or too full.
     """
     if directory.is_dir():
         return directory
@@ -68,8 +65,7 @@ def make_once(directory: Path, make: Callable[[Path], None], size: int = 0) -> P
     if size > (free := shutil.disk_usage(directory.parent).free):
         raise CheckpointError(
             f"the converted model takes {size / 1e9:.1f} GB of disk in {directory.parent}, but "
-            f"{free / 1e9:.1f} GB are free; free some space, or set XDG_CACHE_HOME to a directory "
-            "on a larger disk"
+            f"{free / 1e9:.1f} GB are free; free some space, or set XDG_CACHE_HOME to another disk"
         )
     making = directory.with_name(f"making-{directory.name}-")
     with FileLock(directory.with_name(f"{directory.name}.lock")):

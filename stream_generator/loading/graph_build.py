@@ -27,7 +27,7 @@ HEAD_SIZE_MULTIPLE = 16  # the attention operator takes only multiples of this h
 def build_graph(config: PreTrainedConfig, weights: Weights, directory: Path) -> None:
     """Write a model's step graph into a new directory; see `SavedGraph`.
 
-    Compares each layer with transformers' own, of which one is in memory at a time. Raises
+    Compares each layer with transformers' own, with one layer in memory at a time. Raises
     `NotBuildable` if the layers are not like Llama's, or if a result differs.
     """
     model = _meta_model(config)
@@ -73,15 +73,14 @@ def _shape_of(model: Any, config: PreTrainedConfig) -> LayerShape:
         windows = attention_windows(config)
         kinds = getattr(config, "layer_types", None) or [""] * len(layers)
         attention = layers[0].self_attn
-        if attention.head_dim % HEAD_SIZE_MULTIPLE:
-            raise NotBuildable(
-                f"its head size {attention.head_dim} is not a multiple of {HEAD_SIZE_MULTIPLE}"
-            )
+        size = attention.head_dim
+        if size % HEAD_SIZE_MULTIPLE:
+            raise NotBuildable(f"its head size {size} is not a multiple of {HEAD_SIZE_MULTIPLE}")
         return LayerShape(
             hidden=config.hidden_size,
-            heads=attention.q_proj.out_features // attention.head_dim,
-            key_heads=attention.k_proj.out_features // attention.head_dim,
-            size=attention.head_dim,
+            heads=attention.q_proj.out_features // size,
+            key_heads=attention.k_proj.out_features // size,
+            size=size,
             scale=attention.scaling,
             epsilon=layers[0].input_layernorm.variance_epsilon,
             has_head_norms=hasattr(attention, "q_norm"),
@@ -95,11 +94,9 @@ def _shape_of(model: Any, config: PreTrainedConfig) -> LayerShape:
 def _check_layer(
     layer: Any, index: int, rotary: Any, weights: Weights, shape: LayerShape, store: WeightStore
 ) -> tuple[object, ...]:
-    """Compare the graph of a layer with transformers' layer on random states.
+    """Compare a layer's graph with transformers' layer on random states; return weight formats.
 
-    layer: transformers' layer on the device "meta"; it gets the weights. rotary: transformers'
-    module for rotary positions. Returns the format of each weight. Raises `NotFusible` if the
-    results differ.
+    layer: on the device "meta"; it gets the weights here. rotary: transformers' rotary positions.
     """
     prefix = f"model.layers.{index}"
     parameters = {name: weights.dense(f"{prefix}.{name}").float() for name in layer.state_dict()}

@@ -34,4 +34,4 @@ def get_or_build_graph(found: LocatedModel, config: PreTrainedConfig, bits: int 
 
     # The checks in `build_graph` are valid for one version of ONNX Runtime.
     kind = f"graph-int{bits}" if bits else "graph"
-    return found.cache().get_or_make(kind, (BUILDER, version("onnxruntime")), make)
+    return found.cache().get(kind, (BUILDER, version("onnxruntime")), make)

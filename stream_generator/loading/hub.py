@@ -16,8 +16,7 @@ from stream_generator.errors import CheckpointError
 from stream_generator.loading.gguf.file import refuse_part
 from stream_generator.loading.untrusted import refuse_unsafe, weight_files
 
-# Configuration, tokenizer and the index of the weights.
-METADATA = ["*.json", "*.jinja", "*.model", "*.txt"]
+METADATA = ["*.json", "*.jinja", "*.model", "*.txt"]  # all files but the weights
 WEIGHTS = "weights in Hugging Face format"
 IN_DIRECTORIES = "*/*"  # where repositories keep the same weights for other programs
 
@@ -43,10 +42,7 @@ def download_model(name: str, revision: str | None, *, allow_pickle: bool = Fals
 
 
 def download_file(name: str, file: str, revision: str | None) -> Path:
-    """Download a GGUF file of a repository; return its path in the hub's cache.
-
-    Raises `CheckpointError` if the download fails, or for one part of several.
-    """
+    """Download a GGUF file; return its path. Raises `CheckpointError` if the download fails."""
     refuse_part(file)
     path = _download(name, revision, [file]) / file
     if not path.is_file():
@@ -55,10 +51,7 @@ def download_file(name: str, file: str, revision: str | None) -> Path:
 
 
 def _download(name: str, revision: str | None, files: list[str], ignored: str = "") -> Path:
-    """Download what is missing of a snapshot; return its directory.
-
-    files, ignored: patterns of the names to download, and of exceptions.
-    """
+    """Download files that the cache lacks; return their directory. files, ignored: patterns."""
     download = functools.partial(
         snapshot_download, name, revision=revision, allow_patterns=files, ignore_patterns=ignored
     )
@@ -72,8 +65,7 @@ def _download(name: str, revision: str | None, files: list[str], ignored: str = 
         if missing > (free := shutil.disk_usage(directory).free):
             raise CheckpointError(
                 f"downloading {name} takes {missing / 1e9:.1f} GB of disk in {directory}, but "
-                f"{free / 1e9:.1f} GB are free; free some space, or set HF_HOME to a directory on "
-                "a larger disk"
+                f"{free / 1e9:.1f} GB are free; free some space, or set HF_HOME to another disk"
             )
         return Path(download())
     except GatedRepoError as error:
@@ -85,13 +77,13 @@ def _download(name: str, revision: str | None, files: list[str], ignored: str = 
     except Exception as error:  # such as those of the hub's HTTP library
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
-            f"could not download {name} from the hub: {reason}; check the id, the revision and the "
-            "network"
+            f"could not download {name} from the hub: {reason}; check the path or id, the revision "
+            "and the network"
         ) from error
 
 
 def _not_found(name: str, revision: str | None, wanted: str) -> CheckpointError:
-    """The error for a repository that lacks what was asked for, with what the repository holds."""
+    """Return an error that says what the repository holds. wanted: what it lacks."""
     try:
         files = sorted(HfApi().list_repo_files(name, revision=revision))
     except Exception as error:  # such as those of the hub's HTTP library
@@ -108,4 +100,4 @@ def _not_found(name: str, revision: str | None, wanted: str) -> CheckpointError:
             f"{name} has only pickled weights; --allow-pickle reads them, as plain tensors only"
         )
     found = ", ".join(files[:8]) or "nothing"
-    return CheckpointError(f"{name} holds no {wanted} (found: {found}); name another model or file")
+    return CheckpointError(f"{name} holds no {wanted} (found: {found}); use another model or file")

@@ -61,8 +61,8 @@ class LocatedModel:
 def locate(source: str | None, *, allow_pickle: bool = False) -> LocatedModel:
     """Find the model that `source` names; None is the demo model. See `ACCEPTED` for all forms.
 
-    Downloads a model of the hub, and converts Meta's layout. allow_pickle: accept pickled weights
-    from the hub. Raises `CheckpointError` if there is no such model.
+    Downloads hub models, and converts Meta's layout. allow_pickle: accept pickled weights from the
+    hub. Raises `CheckpointError` if there is no such model.
     """
     if source is None:
         return LocatedModel.of_gguf(demo_gguf(), DEMO, DEMO_NAME)
@@ -77,8 +77,7 @@ def locate(source: str | None, *, allow_pickle: bool = False) -> LocatedModel:
         raise CheckpointError(f"{source} does not exist; --ckpts takes {ACCEPTED}")
     name, revision, file = found.groups()
     if file is None:
-        directory = download_model(name, revision, allow_pickle=allow_pickle)
-        return LocatedModel(HUB, directory, name)
+        return LocatedModel(HUB, download_model(name, revision, allow_pickle=allow_pickle), name)
     return LocatedModel.of_gguf(download_file(name, file, revision))
 
 
@@ -117,8 +116,7 @@ def weights_in(directory: Path) -> list[Path]:
 
 
 def could_not_load(source: str | None, error: Exception) -> CheckpointError:
-    """The error for a model at which transformers failed with `error`."""
     return CheckpointError(
-        f"could not load {source or 'the demo model'}: {first_line(error)}; check that its "
-        f"files are complete, that transformers {version} supports it, and that the options fit it"
+        f"could not load {source or DEMO}: {first_line(error)}; check that all files "
+        f"are complete, that transformers {version} supports the model, and that the options fit it"
     )

@@ -12,7 +12,7 @@ from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loaded_model import Checkpoint, facts_of
 from stream_generator.loading.cache import remove_old
 from stream_generator.loading.graph_choice import choose_graph, could_pack, wants_packed
-from stream_generator.loading.layout import META, LocatedModel, could_not_load, locate
+from stream_generator.loading.layout import DEMO, META, LocatedModel, could_not_load, locate
 from stream_generator.loading.untrusted import refuse_pickle, refuse_unsafe
 from stream_generator.model.packed_weight import packed_size
 from stream_generator.model.saved_graph import SavedGraph
@@ -106,7 +106,6 @@ class _Parts(NamedTuple):
 
 
 def _find(source: str | None, *, allow_pickle: bool) -> LocatedModel:
-    """Find a model, and reject unsafe files."""
     try:
         found = locate(source, allow_pickle=allow_pickle)
         refuse_unsafe(found.directory)
@@ -114,8 +113,7 @@ def _find(source: str | None, *, allow_pickle: bool) -> LocatedModel:
             refuse_pickle(found.directory)
     except (OSError, RuntimeError) as error:  # such as missing permissions
         raise CheckpointError(
-            f"could not read {source or 'the demo model'}: {error}; check the path and its "
-            "permissions"
+            f"could not read {source or DEMO}: {error}; check the path and its permissions"
         ) from error
     return found
 

@@ -60,9 +60,7 @@ def convert_meta_checkpoint(source: Path, cache: Path | None = None) -> Path:
     files = sorted(source.glob("consolidated*.pth"))
     kept = SourceCache(source, [*files, source / "params.json"], cache)
     size = sum(file.stat().st_size for file in files)
-    return kept.get_or_make(
-        "dense", CONVERSION, lambda directory: _convert(source, files, directory), size
-    )
+    return kept.get("dense", CONVERSION, lambda directory: _convert(source, files, directory), size)
 
 
 def _convert(source: Path, files: list[Path], target: Path) -> None:
@@ -122,7 +120,7 @@ def _llama_config(params: dict[str, Any], shards: list[dict[str, Any]], tied: bo
             "high_freq_factor": params.get("rope_high_freq_factor") or 4.0,
             "original_max_position_embeddings": CONTEXT,
         }
-    embedding = _join(shards, "tok_embeddings.weight", _embedding_dim(params, shards))
+    embedding = _embedding(params, shards)
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         hidden_size=params["dim"],
@@ -155,8 +153,7 @@ def _write_weights(params: dict[str, Any], shards: list[dict[str, Any]], target:
     count = params["n_layers"] * len(LAYER_WEIGHTS) + 3
     for name, tensor in tqdm(_weights(params, shards), total=count):
         if name == "lm_head.weight":
-            embedding = _join(shards, "tok_embeddings.weight", _embedding_dim(params, shards))
-            tied = torch.equal(tensor, embedding)
+            tied = torch.equal(tensor, _embedding(params, shards))
             if tied:
                 continue
         part[name] = tensor.contiguous()
@@ -175,10 +172,7 @@ def _weights(
     """Yield every weight by transformers' name. The output matrix comes last."""
     heads, dim = params["n_heads"], params["dim"]
     key_heads = params.get("n_kv_heads") or heads
-    yield (
-        "model.embed_tokens.weight",
-        _join(shards, "tok_embeddings.weight", _embedding_dim(params, shards)),
-    )
+    yield "model.embed_tokens.weight", _embedding(params, shards)
     for layer in range(params["n_layers"]):
         for theirs, ours, split_dim in LAYER_WEIGHTS:
             tensor = _join(shards, f"layers.{layer}.{theirs}.weight", split_dim)
@@ -199,9 +193,10 @@ def _join(shards: list[dict[str, Any]], name: str, dim: int | None) -> torch.Ten
     return tensors[0] if dim is None or len(tensors) == 1 else torch.cat(tensors, dim=dim)
 
 
-def _embedding_dim(params: dict[str, Any], shards: list[dict[str, Any]]) -> int:
-    """Return the dimension along which the files split the embedding: tokens or features."""
-    return 0 if shards[0]["tok_embeddings.weight"].shape[1] == params["dim"] else 1
+def _embedding(params: dict[str, Any], shards: list[dict[str, Any]]) -> torch.Tensor:
+    """Join the embedding, which the files split either by tokens or by features."""
+    split_dim = 0 if shards[0]["tok_embeddings.weight"].shape[1] == params["dim"] else 1
+    return _join(shards, "tok_embeddings.weight", split_dim)
 
 
 def _drop_copied_heads(tensor: torch.Tensor, shards: int, rows: int) -> torch.Tensor:

@@ -27,8 +27,7 @@ logger = logging.getLogger(__name__)
 class ModelLoader:
     """Loads the transformers model of one source; see `load_checkpoint` for the fields.
 
-    packed_size: returns the bytes of a packed model, given its number of parameters and the bits of
-    each. None if packed weights cannot run here.
+    packed_size: the bytes of (parameters, bits) packed weights; None if these cannot run instead.
     """
 
     found: LocatedModel
@@ -67,11 +66,10 @@ class ModelLoader:
         """List the options that give packed weights which fit, with their sizes; "" if none do."""
         if self.packed_size is None:
             return ""
-        sizes = {name: self.packed_size(numbers, bits) for name, bits in BITS.items()}
         offers = [
             f"--quantize {name} ({size / 1e9:.1f} GB)"
-            for name, size in sizes.items()
-            if size <= free
+            for name, bits in BITS.items()
+            if (size := self.packed_size(numbers, bits)) <= free
         ]
         half = self.dtype in ("bfloat16", "float16")  # not with packed weights
         return " or ".join(offers) + (" without --dtype" if offers and half else "")
@@ -131,7 +129,7 @@ def fuse_and_pack(
     """Fuse the layers of a known shape in place; on a GPU, also pack their weights.
 
     quantize: as in `load_checkpoint`. weights: the source's own, used where they are packed.
-    Raises `CheckpointError` if `quantize` names bits and no layer has a known shape.
+    Raises `CheckpointError` if `quantize` names bits and the model cannot be fused.
     """
     packing = Packing()
     if quantize != "none" and model.device.type == "cuda":

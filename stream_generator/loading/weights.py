@@ -31,20 +31,17 @@ class SafetensorsWeights:
 
 
 class PackedOnRead:
-    """Weights that are packed when they are read, if the source has not packed them.
+    """Packs weights when they are read, unless the source has packed them already.
 
-    The embedding stays dense, because looking up a row costs nothing. The output matrix gets eight
-    bits.
+    Leaves the embedding as it is, because looking up a row is cheap. Packs the output matrix in
+    eight bits.
     """
 
     def __init__(self, weights: Weights, bits: int):
         self._weights, self._bits = weights, bits
 
     def packed(self, module: str) -> PackedWeight | None:
-        """Read and pack a weight; None for a dense embedding.
-
-        Raises `NotBuildable` if its number of inputs is no multiple of a group.
-        """
+        """Read a packed weight. Raises `NotBuildable` if its inputs do not form whole groups."""
         packed = self._weights.packed(module)
         if packed is not None or module == EMBEDDING:
             return packed
@@ -56,7 +53,7 @@ class PackedOnRead:
     def dense(self, parameter: str) -> torch.Tensor:
         """Read a parameter, rounded as packing rounds it. Raises `KeyError`."""
         module = parameter.removesuffix(".weight")
-        if module in (parameter, EMBEDDING):  # never packed
+        if module in (parameter, EMBEDDING):  # not packed here
             return self._weights.dense(parameter)
         dense = self._weights.dense(parameter)
         if dense.dim() == 1 or self._weights.packed(module) is not None:

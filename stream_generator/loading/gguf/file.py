@@ -76,8 +76,7 @@ def refuse_part(name: str) -> None:
     """Raise `CheckpointError` if a file is one part of a split GGUF, by llama.cpp's names."""
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", name):
         raise CheckpointError(
-            f"{name} is one part of several; join all parts with llama.cpp's llama-gguf-split "
-            "--merge"
+            f"{name} is one part of several; join them with llama.cpp's llama-gguf-split --merge"
         )
 
 
@@ -98,7 +97,7 @@ class GgufFile:
         """
         size = self.path.stat().st_size
         refuse_if_too_large(self.path, size, free_memory(torch.device("cpu")))
-        return self.cache.get_or_make("facts", CONVERSION, self._write_facts)
+        return self.cache.get("facts", CONVERSION, self._write_facts)
 
     def dense(self) -> Path:
         """Return a directory with the whole model in Hugging Face format, in bfloat16.
@@ -107,7 +106,7 @@ class GgufFile:
         """
         size = 2 * self.parameters
         refuse_if_too_large(self.path, size, free_memory(torch.device("cpu")))
-        return self.cache.get_or_make("dense", CONVERSION, self._write_dense, size)
+        return self.cache.get("dense", CONVERSION, self._write_dense, size)
 
     @property
     def parameters(self) -> int:
@@ -174,10 +173,7 @@ class GgufFile:
 
 @contextmanager
 def _isolated(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield transformers' arguments for a file that is alone in its directory.
-
-    transformers would prefer other files in the directory, such as tokenizer.json.
-    """
+    """Yield arguments for transformers to read this file and no others in its directory."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.gguf"
         source.symlink_to(path.resolve())
@@ -190,8 +186,8 @@ def _isolated(path: Path) -> Iterator[dict[str, Any]]:
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{path} could not be read: {first_line(error)}; if the file is incomplete, download it "
-        "again; else use the model in Hugging Face format"
+        f"{path} could not be read: {first_line(error)}; download it again if it is incomplete, or "
+        "use the model in Hugging Face format"
     )
 
 
@@ -245,7 +241,7 @@ def _correct_tokenizer(tokenizer: Any, fields: dict[str, Any]) -> None:
             backend.pre_tokenizer = PRE_TOKENIZERS[kind]()
             backend.model.ignore_merges = kind in IGNORE_MERGES
         else:
-            logger.warning("unknown tokenizer kind %s; this model may get wrong prompt ids", kind)
+            logger.warning("unknown tokenizer kind %s: texts may be split unlike in training", kind)
         begin = tokenizer.bos_token
         begins = field("tokenizer.ggml.add_bos_token")
         if begins is None:  # missing in many files of Llama 3; llama.cpp has the same rule

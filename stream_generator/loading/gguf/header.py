@@ -37,9 +37,7 @@ class _Header:
         self._skip(MAGIC_BYTES)
         version = self._number("I")
         if version not in (2, 3):
-            raise ValueError(
-                f"it has GGUF version {version}, but only versions 2 and 3 are supported"
-            )
+            raise ValueError(f"its GGUF version {version} is not supported; 2 and 3 are")
         tensors, values = self._number("Q"), self._number("Q")
         alignment = 32
         for _ in range(self._checked_count(values, 12)):  # at least a key's length and a type
@@ -63,15 +61,11 @@ class _Header:
         name = self._string().decode(errors="replace")
         dimensions = self._number("I")
         if not 1 <= dimensions <= MAX_DIMENSIONS:
-            raise ValueError(
-                f"tensor {name} has {dimensions} dimensions, not 1 to {MAX_DIMENSIONS}"
-            )
+            raise ValueError(f"tensor {name} has {dimensions} dimensions; 1 to 4 are valid")
         count = math.prod(self._number("Q") for _ in range(dimensions))
         block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(self._number("I"))]
         if not count or count % block:
-            raise ValueError(
-                f"tensor {name} holds {count} numbers, not a positive multiple of {block}"
-            )
+            raise ValueError(f"tensor {name} holds {count} numbers, not full blocks of {block}")
         return name, self._number("Q"), count // block * block_bytes, count
 
     def _value(self) -> int | None:
@@ -110,7 +104,6 @@ class _Header:
         """Return `count`. Raises `ValueError` if so many items of `size` bytes cannot follow."""
         if count * size > self._size - self._file.tell():
             raise ValueError(
-                f"its header claims {count * size} bytes at byte {self._file.tell()}, past the end "
-                "of the file"
+                f"{count * size} bytes at byte {self._file.tell()} reach past the end of the file"
             )
         return count

@@ -116,9 +116,9 @@ def _unpack(rows: torch.Tensor, kind: GGMLQuantizationType) -> PackedWeight:
 def _unpack_q4_k_or_q5_k(rows: torch.Tensor, bits: int) -> PackedWeight:
     """Read blocks of Q4_K or Q5_K, in which a weight is scale * value - minimum.
 
-    A block holds its scale and its minimum in half precision; in 12 bytes, multiples of both for
-    each group, of six bits each; for Q5_K, 32 bytes with the fifth bits; then bytes with the lower
-    four bits of two groups. rows: uint8 [out, bytes].
+    A block holds a scale and a minimum in half precision, then 12 bytes with multiples of both for
+    each group, six bits each. Q5_K follows with 32 bytes of fifth bits. Each byte after that holds
+    the lower four bits of two weights. rows: uint8 [out, bytes].
     """
     blocks = rows.unflatten(1, (-1, 16 + GROUP * bits))
     own = blocks[:, :, :4].contiguous().view(torch.float16).float()  # [out, blocks, 2]
@@ -139,11 +139,10 @@ def _unpack_q4_k_or_q5_k(rows: torch.Tensor, bits: int) -> PackedWeight:
 
 
 def _unpack_q6_k(rows: torch.Tensor) -> PackedWeight:
-    """Read blocks of Q6_K: weights of six bits, with a scale for each group of 16.
+    """Read blocks of Q6_K: six bits per weight, and a scale per group of 16.
 
-    A block holds 128 bytes with the lower four bits and 64 with the upper two; 16 signed bytes,
-    which are the groups' multiples of its scale; then the scale in half precision.
-    rows: uint8 [out, bytes].
+    A block holds 128 bytes of lower four bits, 64 bytes of upper two bits, and a signed byte per
+    group. That byte times the scale at the end, in half precision, is the group's scale.
     """
     blocks = rows.unflatten(1, (-1, 210))
     low = blocks[:, :, :128].unflatten(2, (2, 64))

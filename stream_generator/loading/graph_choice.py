@@ -56,8 +56,8 @@ def choose_graph(
 
             layer_shape(config)  # raises if this model runs dense anyway
             raise CheckpointError(
-                f"--dtype {dtype} does not work with packed weights on a CPU, which computes them "
-                "as integers and the rest in float32; leave --dtype out, or give --quantize none"
+                f"--dtype {dtype} does not work with packed weights on a CPU, where packed weights "
+                "run as integers and all else in float32; omit --dtype, or give --quantize none"
             )
         return get_or_build_graph(found, config, BITS.get(quantize))
     except (NotBuildable, ValueError) as error:

@@ -117,8 +117,8 @@ def _unpack_q4_k_or_q5_k(rows: torch.Tensor, bits: int) -> PackedWeight:
     """Read blocks of Q4_K or Q5_K, in which a weight is scale * value - minimum.
 
     A block holds a scale and a minimum in half precision, then 12 bytes with multiples of both for
-    each group, six bits each. Q5_K follows with 32 bytes of fifth bits. Each byte after that holds
-    the lower four bits of two weights. rows: uint8 [out, bytes].
+    each group, six bits each. In Q5_K, 32 bytes of fifth bits follow. Then each byte holds the
+    lower four bits of two weights, which are in neighbouring groups. rows: uint8 [out, bytes].
     """
     blocks = rows.unflatten(1, (-1, 16 + GROUP * bits))
     own = blocks[:, :, :4].contiguous().view(torch.float16).float()  # [out, blocks, 2]

@@ -23,7 +23,7 @@ from stream_generator.engine.runner import Runner
 from stream_generator.engine.runners import runner_for, runner_of
 from stream_generator.loading.layout import locate
 from stream_generator.loading.load import load_checkpoint
-from stream_generator.loading.transformers_model import make_lean
+from stream_generator.loading.transformers_model import fuse_and_pack
 from stream_generator.request import Request
 from stream_generator.sampling.sampler import generator_for
 from stream_generator.sampling_params import SamplingParams
@@ -88,7 +88,7 @@ def build(shape: str | None, mode: str, rows: int) -> Runner:
             model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
             torch.set_default_dtype(torch.float32)
         if mode != "own":
-            make_lean(model, mode)
+            fuse_and_pack(model, mode)
     return runner_for(model, 8192, **limits)
 
 

@@ -99,16 +99,16 @@ HARMS: dict[str, tuple[Harm, str]] = {
         config("tokenizer_config.json", auto_map={"AutoTokenizer": ["x.Y", None]}), "auto_map",
     ),
     "an index that leads up": (
-        config("model.safetensors.index.json", weight_map={"a": "../../b"}), "leads out",
+        config("model.safetensors.index.json", weight_map={"a": "../../b"}), "plain file name",
     ),
     "an index that leads to the root": (
-        config("model.safetensors.index.json", weight_map={"a": "/etc/passwd"}), "leads out",
+        config("model.safetensors.index.json", weight_map={"a": "/etc/passwd"}), "plain file name",
     ),
     "an index that asks for everything": (
-        config("model.safetensors.index.json", weight_map={"a": "*"}), "leads out",
+        config("model.safetensors.index.json", weight_map={"a": "*"}), "plain file name",
     ),
     "an index of something else": (
-        config("model.safetensors.index.json", weight_map=["a"]), "no index of weights",
+        config("model.safetensors.index.json", weight_map=["a"]), "not an index of weights",
     ),
     "a config that is no JSON": (text("config.json", "{"), "is not JSON"),
     "a config nested without end": (text("config.json", "[" * 100_000), "is not JSON"),
@@ -119,7 +119,7 @@ HARMS: dict[str, tuple[Harm, str]] = {
         config(architectures=["CLIPModel"], model_type="clip"), "could not load .*CLIPConfig",
     ),
     "a kernel of the hub's": (
-        config(attn_implementation="kernels-community/flash-attn"), "code to fetch",
+        config(attn_implementation="kernels-community/flash-attn"), "code from the hub",
     ),
     "an adapter of another model": (text("adapter_config.json", "{}"), "an adapter"),
     "pickled weights": (pickled(dict), "--allow-pickle"),
@@ -235,17 +235,17 @@ def after(data: bytes, name: bytes) -> int:
 
 GGUF_HARMS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut off": (lambda d: d[:-1], "tensor two lies outside the file"),
-    "cut off in its header": (lambda d: d[:60], "past its end"),
+    "cut off in its header": (lambda d: d[:60], "past the end of the file"),
     "of a version to come": (lambda d: put(d, 4, 9, "<I"), "version 9"),
-    "with tensors without end": (lambda d: put(d, 8, 2**60), "past its end"),
-    "with values without end": (lambda d: put(d, 16, 2**60), "past its end"),
-    "with a key without end": (lambda d: put(d, 24, 2**63), "past its end"),
+    "with tensors without end": (lambda d: put(d, 8, 2**60), "past the end of the file"),
+    "with values without end": (lambda d: put(d, 16, 2**60), "past the end of the file"),
+    "with a key without end": (lambda d: put(d, 24, 2**63), "past the end of the file"),
     # after an array's name: its type, the type of its items, and their number
     "with words without end": (
-        lambda d: put(d, after(d, b"tokenizer.ggml.tokens") + 8, 2**50), "past its end",
+        lambda d: put(d, after(d, b"tokenizer.ggml.tokens") + 8, 2**50), "past the end of the file",
     ),
     "with numbers without end": (
-        lambda d: put(d, after(d, b"numbers") + 8, 2**50), "past its end",
+        lambda d: put(d, after(d, b"numbers") + 8, 2**50), "past the end of the file",
     ),
     "with an array of arrays": (
         lambda d: put(d, after(d, b"numbers") + 4, 9, "<I"), "arrays of arrays",

@@ -1,5 +1,4 @@
-"""Whatever people have of a model, and how it is loaded.
+"""Loads a model from a directory, a GGUF file, the hub, or the demo model's package.
 
-A directory, a hub id, a GGUF file, Meta's own layout, or nothing: the demo model. Knows nothing of
-the engine. Start with `load.load_checkpoint`.
+Does not know the engine. Start with `load.load_checkpoint`.
 """

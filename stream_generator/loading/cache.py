@@ -1,4 +1,4 @@
-"""Where this project keeps what it has downloaded or made, and how it is made: once, and whole."""
+"""The cache directory for downloaded and converted models."""
 
 import hashlib
 import os
@@ -14,56 +14,44 @@ from filelock import FileLock
 from stream_generator.errors import CheckpointError
 
 MODELS = "models"
-# What earlier versions have left.
-OLD = ("converted", "packed", "SmolLM2-135M-Instruct-*")
+# Entries that earlier versions of this project have left.
+OLD_PATTERNS = ("converted", "packed", "SmolLM2-135M-Instruct-*")
 
 
 def cache_directory() -> Path:
-    """The user's own; XDG_CACHE_HOME moves it on Linux."""
+    """Return the user's cache directory; on Linux, XDG_CACHE_HOME moves it."""
     return platformdirs.user_cache_path("llm-stream-service")
 
 
-def fingerprint(*facts: object) -> str:
-    """A short name for these facts."""
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-
-
-def state_of(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Name, size and time of files: another download in the same place differs."""
-    states = ((path, path.stat()) for path in sorted(files))
-    return [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in states]
-
-
 class SourceCache:
-    """What is made of one source, by kind: one version of each kind is kept."""
+    """Keeps what is made from one source: one version of each kind, such as "dense" or "graph"."""
 
     def __init__(self, source: Path, files: Iterable[Path], cache: Path | None = None):
-        """source: a file or directory. files: those that all of it is made of."""
-        self._state = state_of(files)
-        name = f"{source.resolve().name}-{fingerprint(source.resolve())[:8]}"
+        """source: a file or directory. files: a change to any of them outdates all versions."""
+        self._state = _file_states(files)
+        name = f"{source.resolve().name}-{_fingerprint(source.resolve())[:8]}"
         self._directory = (cache or cache_directory()) / MODELS / name
 
-    def made(self, kind: str, version: object, make: Callable[[Path], None], size: int = 0) -> Path:
-        """The directory of a kind, which `make` fills where this version of it is not there.
+    def get(self, kind: str, version: object, make: Callable[[Path], None], size: int = 0) -> Path:
+        """Return the directory of a kind; make this version of it if the cache lacks it.
 
-        size: bytes that it will take. Older versions are removed. Raises as `made_once` does.
+        Then removes older versions. `make`, `size` and the errors are those of `make_once`.
         """
-        path = self._directory / f"{kind}-{fingerprint(version, self._state)}"
+        path = self._directory / f"{kind}-{_fingerprint(version, self._state)}"
         if path.is_dir():
             return path
-        made_once(path, make, size)
+        make_once(path, make, size)
         for older in self._directory.glob(f"{kind}-{'[0-9a-f]' * 16}*"):
             if not older.name.startswith(path.name):
                 _remove(older)
         return path
 
 
-def made_once(directory: Path, make: Callable[[Path], None], size: int = 0) -> Path:
-    """`directory`, which `make` fills if it is not there.
+def make_once(directory: Path, make: Callable[[Path], None], size: int = 0) -> Path:
+    """Return `directory`. If it does not exist, call `make(path)` in one process to create it.
 
-    It is made beside its place and then renamed: an interruption leaves nothing half-made. Of two
-    processes one makes it. size: bytes that it will take. Raises `CheckpointError` where nothing
-    can be written, or there is too little room.
+    `path` is temporary and is renamed at the end, so `directory` is always complete. size: bytes
+    that it will take. Raises `CheckpointError` if the disk is not writable, or too full.
     """
     if directory.is_dir():
         return directory
@@ -71,19 +59,19 @@ def made_once(directory: Path, make: Callable[[Path], None], size: int = 0) -> P
         directory.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(
-            f"a cache directory is needed, but {directory.parent} cannot be made "
-            f"({error.strerror}); set XDG_CACHE_HOME to a place that can be written"
+            f"could not create the cache directory {directory.parent} ({error.strerror}); set "
+            "XDG_CACHE_HOME to a writable directory"
         ) from error
     if size > (free := shutil.disk_usage(directory.parent).free):
         raise CheckpointError(
-            f"converting takes {size / 1e9:.1f} GB of disk in {directory.parent}, where "
-            f"{free / 1e9:.1f} GB are free; make room, or set XDG_CACHE_HOME to another place"
+            f"the converted model takes {size / 1e9:.1f} GB of disk in {directory.parent}, but "
+            f"{free / 1e9:.1f} GB are free; free some space, or set XDG_CACHE_HOME to another disk"
         )
     making = directory.with_name(f"making-{directory.name}-")
     with FileLock(directory.with_name(f"{directory.name}.lock")):
         if directory.is_dir():
             return directory
-        for remains in directory.parent.glob(f"{making.name}*"):  # of an interruption
+        for remains in directory.parent.glob(f"{making.name}*"):  # left by an interruption
             shutil.rmtree(remains, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=making.parent, prefix=making.name) as folder:
             make(Path(folder) / "made")
@@ -93,7 +81,7 @@ def made_once(directory: Path, make: Callable[[Path], None], size: int = 0) -> P
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """An entry of the cache. parts: the kinds of what is kept. size: bytes."""
+    """A directory in the cache. parts: the kinds that it holds. size: bytes."""
 
     name: str
     parts: list[str]
@@ -101,7 +89,6 @@ class CacheEntry:
 
 
 def entries(cache: Path | None = None) -> list[CacheEntry]:
-    """What the cache holds."""
     return [
         CacheEntry(
             path.name,
@@ -113,18 +100,28 @@ def entries(cache: Path | None = None) -> list[CacheEntry]:
 
 
 def delete(name: str, cache: Path | None = None) -> None:
-    """Delete an entry of the cache. Raises `CheckpointError` for a name that it does not have."""
+    """Delete an entry. Raises `CheckpointError` if no entry has this name."""
     for path in _entry_paths(cache):
         if path.name == name:
             return _remove(path)
-    raise CheckpointError(f"the cache holds no {name}; --cache lists what it holds")
+    raise CheckpointError(f"no cache entry is named {name}; --cache lists all entries")
 
 
 def remove_old(cache: Path | None = None) -> None:
-    """Remove what earlier versions of this project have left."""
-    for pattern in OLD:
+    """Remove entries that earlier versions of this project have left."""
+    for pattern in OLD_PATTERNS:
         for path in (cache or cache_directory()).glob(pattern):
             _remove(path)
+
+
+def _fingerprint(*facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def _file_states(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Return path, size and time of each file, which differ after another download."""
+    states = ((path, path.stat()) for path in sorted(files))
+    return [(str(path.resolve()), s.st_size, s.st_mtime_ns) for path, s in states]
 
 
 def _entry_paths(cache: Path | None) -> list[Path]:

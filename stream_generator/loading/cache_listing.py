@@ -1,4 +1,4 @@
-"""The command `--cache`: what the cache holds, for a person, and how to delete some of it."""
+"""The command `--cache`: lists or deletes cached models."""
 
 import sys
 
@@ -7,7 +7,7 @@ from stream_generator.loading.cache import cache_directory, delete, entries
 
 
 def list_or_delete(names: list[str]) -> int:
-    """Delete these entries of the cache, or list all if there are none; returns the status."""
+    """Delete the named entries; without names, list all. Return the exit status."""
     try:
         for name in names:
             delete(name)

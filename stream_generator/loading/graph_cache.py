@@ -1,4 +1,4 @@
-"""Keeps the step graphs of models with packed weights."""
+"""Caches the step graphs of models with packed weights."""
 
 import sys
 from importlib.metadata import version
@@ -6,23 +6,22 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
-from stream_generator.loading.layout import Located, weights_in
-from stream_generator.loading.weights import PackedOnTheWay, SafetensorsWeights
+from stream_generator.loading.layout import LocatedModel, weights_in
+from stream_generator.loading.weights import PackedOnRead, SafetensorsWeights
 from stream_generator.model.packed_weight import Weights
 
-BUILDER = 3  # raise it when graphs change, so that older ones are not used
+BUILDER = 3  # raise this when graphs change, so that cached ones are built again
 
 
-def saved_graph(found: Located, config: PreTrainedConfig, bits: int | None) -> Path:
-    """The directory of a model's graph, built where it is not kept yet.
+def get_or_build_graph(found: LocatedModel, config: PreTrainedConfig, bits: int | None) -> Path:
+    """Return the directory of a model's step graph. Builds the graph if the cache lacks it.
 
-    bits: of each weight that is not packed in the source; None: as the source has them, and eight
-    for what it has in another format. Raises `NotBuildable` as `build_graph` does, and `KeyError`
-    where the source lacks a weight.
+    bits: for weights that the source has not packed; None means eight. Raises `NotBuildable` as
+    `build_graph` does, and `KeyError` if the source lacks a weight.
     """
 
     def make(directory: Path) -> None:
-        # Imported here: later starts do not need what writes graphs.
+        # Imported here, because later starts do not build the graph.
         from stream_generator.loading.graph_build import build_graph
 
         print(f"Building the graph of {found.name} for faster starts (once) ...", file=sys.stderr)
@@ -31,8 +30,8 @@ def saved_graph(found: Located, config: PreTrainedConfig, bits: int | None) -> P
             stored = found.gguf.weights()
         else:
             stored = SafetensorsWeights(weights_in(found.directory))
-        build_graph(config, PackedOnTheWay(stored, bits or 8), directory)
+        build_graph(config, PackedOnRead(stored, bits or 8), directory)
 
-    # The checks hold for the version of ONNX Runtime that has passed them.
+    # The checks in `build_graph` are valid for one version of ONNX Runtime.
     kind = f"graph-int{bits}" if bits else "graph"
-    return found.cache().made(kind, (BUILDER, version("onnxruntime")), make)
+    return found.cache().get(kind, (BUILDER, version("onnxruntime")), make)

@@ -7,22 +7,22 @@ from typing import Any
 from transformers import GenerationConfig
 
 from stream_generator.errors import CheckpointError
-from stream_generator.loading.graph_cache import saved_graph
-from stream_generator.loading.layout import Located
+from stream_generator.loading.graph_cache import get_or_build_graph
+from stream_generator.loading.layout import LocatedModel
 from stream_generator.model.config import require_batchable
 from stream_generator.model.packed_weight import BITS, FAMILIES, MODEL_TYPES, NotBuildable
 
 logger = logging.getLogger(__name__)
 
 
-def wants_packed(found: Located, quantize: str) -> bool:
-    """Whether the weights should be packed: because the user asks, or because the file has them."""
+def wants_packed(found: LocatedModel, quantize: str) -> bool:
+    """Whether the user asks for packed weights, or the file has some and `quantize` is "auto"."""
     gguf = found.gguf
     return quantize in BITS or (quantize == "auto" and gguf is not None and gguf.is_packed())
 
 
 def could_pack(config: Any, generation_config: GenerationConfig) -> bool:
-    """Whether `--quantize` would work for a model of this shape on a CPU."""
+    """Whether `--quantize int8` and `int4` would work for this model on a CPU."""
     from stream_generator.loading.graph_build import layer_shape
 
     try:
@@ -33,8 +33,8 @@ def could_pack(config: Any, generation_config: GenerationConfig) -> bool:
     return config.model_type in MODEL_TYPES
 
 
-def graph_for(
-    found: Located,
+def choose_graph(
+    found: LocatedModel,
     quantize: str,
     config: Any,
     generation_config: GenerationConfig,
@@ -42,34 +42,33 @@ def graph_for(
     dtype: str,
     spread: bool,
 ) -> Path | None:
-    """The directory of the step graph for packed weights; None if the model must run dense.
+    """Return the directory of the step graph, built if necessary; None if the model must run dense.
 
-    spread: whether `--device-map` places the model. Raises `CheckpointError` if the weights cannot
-    be packed although the user asks for it.
+    spread: whether `--device-map` places the model. Raises `CheckpointError` if the user asks for
+    packed weights that the model or another option rules out, or if a weight is missing.
     """
     try:
         if spread:
-            raise NotBuildable("--device-map spreads it over devices")
+            raise NotBuildable("--device-map spreads the model over devices")
         require_batchable(config, generation_config)
         if dtype in ("bfloat16", "float16"):
             from stream_generator.loading.graph_build import layer_shape
 
-            layer_shape(config)  # a model of another shape runs dense
+            layer_shape(config)  # raises if this model runs dense anyway
             raise CheckpointError(
-                f"--dtype {dtype} and packed weights exclude each other on a CPU: packed weights "
-                "are multiplied as integers, and the rest is float32; leave --dtype out, or give "
-                "--quantize none"
+                f"--dtype {dtype} does not work with packed weights on a CPU, where packed weights "
+                "run as integers and all else in float32; omit --dtype, or give --quantize none"
             )
-        return saved_graph(found, config, BITS.get(quantize))
+        return get_or_build_graph(found, config, BITS.get(quantize))
     except (NotBuildable, ValueError) as error:
         if quantize in BITS:
             raise CheckpointError(
-                f"--quantize {quantize} packs models of the families {FAMILIES}, and this one "
-                f"cannot be packed ({error}); leave --quantize out"
+                f"--quantize {quantize} works for the families {FAMILIES}, but not for this model "
+                f"({error}); leave --quantize out"
             ) from error
-        logger.warning("the weights run dense, because they cannot run packed: %s", error)
+        logger.warning("using dense weights, because this model cannot run packed: %s", error)
         return None
     except KeyError as error:
         raise CheckpointError(
-            f"{found.name} lacks 1 of its weights ({error.args[0]}); download it again"
+            f"{found.name} lacks the weight {error.args[0]}; download the model again"
         ) from error

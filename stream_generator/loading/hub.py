@@ -1,12 +1,11 @@
-"""Models of the Hugging Face hub, brought into its own cache: no more of them than is loaded.
+"""Downloads models from the Hugging Face hub into the hub's cache, only the files that are loaded.
 
-`HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE` are read by huggingface-hub.
+huggingface-hub reads `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE`.
 """
 
 import contextlib
 import functools
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,85 +16,88 @@ from stream_generator.errors import CheckpointError
 from stream_generator.loading.gguf.file import refuse_part
 from stream_generator.loading.untrusted import refuse_unsafe, weight_files
 
-FACTS = ["*.json", "*.jinja", "*.model", "*.txt"]  # what describes a model
-IN_DIRECTORIES = "*/*"  # the same weights for other programs
+METADATA = ["*.json", "*.jinja", "*.model", "*.txt"]  # all files but the weights
+WEIGHTS = "weights in Hugging Face format"
+IN_DIRECTORIES = "*/*"  # where repositories keep the same weights for other programs
 
 
-def downloaded_model(name: str, revision: str | None, *, allow_pickle: bool = False) -> Path:
-    """The directory of a model in Hugging Face format, in the hub's cache.
+def download_model(name: str, revision: str | None, *, allow_pickle: bool = False) -> Path:
+    """Download a model in Hugging Face format; return its directory in the hub's cache.
 
-    What describes it comes first, so that what must not be there is refused before its weights
-    come. allow_pickle: take pickled weights where there are no others.
-    Raises `CheckpointError` where it can't be had, is unsafe, or there is no room for it.
+    Downloads the metadata first, so that an unsafe model is rejected before its weights are
+    downloaded. allow_pickle: download pickled weights if there are no others.
+    Raises `CheckpointError` if the download fails, the model is unsafe, or the disk is too full.
     """
-    directory = _downloaded(name, revision, FACTS, IN_DIRECTORIES)
+    directory = _download(name, revision, METADATA, IN_DIRECTORIES)
     if not directory.is_dir():
-        raise CheckpointError(_no_weights(name, revision))
+        raise _not_found(name, revision, WEIGHTS)
     refuse_unsafe(directory)
     kinds = ("model.safetensors", "pytorch_model.bin")[: 2 if allow_pickle else 1]
     for kind in kinds:
         files = weight_files(directory, kind)
-        _downloaded(name, revision, files)
+        _download(name, revision, files)
         if all((directory / file).is_file() for file in files):
             return directory
-    raise CheckpointError(_no_weights(name, revision))
+    raise _not_found(name, revision, WEIGHTS)
 
 
-def downloaded_file(name: str, file: str, revision: str | None) -> Path:
-    """One file of a repository, in the hub's cache. Raises `CheckpointError`."""
+def download_file(name: str, file: str, revision: str | None) -> Path:
+    """Download a GGUF file; return its path. Raises `CheckpointError` if the download fails."""
     refuse_part(file)
-    path = _downloaded(name, revision, [file]) / file
+    path = _download(name, revision, [file]) / file
     if not path.is_file():
-        raise CheckpointError(f"{name} holds no {file}; {_no_weights(name, revision)}")
+        raise _not_found(name, revision, file)
     return path
 
 
-def _downloaded(name: str, revision: str | None, files: list[str], besides: str = "") -> Path:
-    """The snapshot's directory. files, besides: patterns of what to bring, and what of it not."""
+def _download(name: str, revision: str | None, files: list[str], ignored: str = "") -> Path:
+    """Download files that the cache lacks; return their directory. files, ignored: patterns."""
     download = functools.partial(
-        snapshot_download, name, revision=revision, allow_patterns=files, ignore_patterns=besides
+        snapshot_download, name, revision=revision, allow_patterns=files, ignore_patterns=ignored
     )
-
-    def with_room_for_it() -> Path:
+    try:
         missing = 0
-        with contextlib.suppress(DryRunError):  # offline: what is there must do
+        with contextlib.suppress(DryRunError):  # offline: the cached files must be enough
             plan: Any = download(dry_run=True)
             missing = sum(file.file_size for file in plan if file.will_download)
         directory = Path(constants.HF_HUB_CACHE)
         directory.mkdir(parents=True, exist_ok=True)
         if missing > (free := shutil.disk_usage(directory).free):
             raise CheckpointError(
-                f"{name} takes {missing / 1e9:.1f} GB more of disk in {directory}, where "
-                f"{free / 1e9:.1f} GB are free; make room, or set HF_HOME to another place"
+                f"downloading {name} takes {missing / 1e9:.1f} GB of disk in {directory}, but "
+                f"{free / 1e9:.1f} GB are free; free some space, or set HF_HOME to another disk"
             )
         return Path(download())
-
-    return _tried(name, with_room_for_it)
-
-
-def _tried(what: str, download: Callable[[], Path]) -> Path:
-    try:
-        return download()
     except GatedRepoError as error:
         raise CheckpointError(
-            f"{what} is gated: ask for access on its page on the hub, then set HF_TOKEN"
+            f"{name} is gated: request access on its page on the hub, then set HF_TOKEN"
         ) from error
     except CheckpointError:
         raise
-    except Exception as error:  # its HTTP library's own, among others
+    except Exception as error:  # such as those of the hub's HTTP library
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"could not get {what} from the hub: {reason}") from error
+        raise CheckpointError(
+            f"could not download {name} from the hub: {reason}; check the path or id, the revision "
+            "and the network"
+        ) from error
 
 
-def _no_weights(name: str, revision: str | None) -> str:
+def _not_found(name: str, revision: str | None, wanted: str) -> CheckpointError:
+    """Return an error that says what the repository holds. wanted: what it lacks."""
     try:
-        files = HfApi().list_repo_files(name, revision=revision)
-    except Exception as error:  # its HTTP library's own, among others
-        return f"{name} is not wholly in the cache, and the hub cannot be asked: {error}"
-    ggufs = [file for file in sorted(files) if file.endswith(".gguf")]
-    if ggufs:
-        choices = ", ".join(f"{name}:{file}" for file in ggufs[:8])
-        return f"{name} holds GGUF files; name one of them: {choices}"
-    if any(file.endswith(".bin") for file in files):
-        return f"{name} has pickled weights alone; --allow-pickle reads them, as plain tensors"
-    return f"{name} has no weights in Hugging Face format (found: {', '.join(files[:8])})"
+        files = sorted(HfApi().list_repo_files(name, revision=revision))
+    except Exception as error:  # such as those of the hub's HTTP library
+        return CheckpointError(
+            f"the cache holds no {wanted} for {name}, and the hub cannot be reached ({error}); "
+            "connect to a network and unset HF_HUB_OFFLINE"
+        )
+    if ggufs := [file for file in files if file.endswith(".gguf")]:
+        source = f"{name}@{revision}" if revision else name
+        remedy = f"name one of them: {', '.join(f'{source}:{file}' for file in ggufs[:8])}"
+        return CheckpointError(f"{name} holds no {wanted}, but it holds GGUF files; {remedy}")
+    if wanted == WEIGHTS and any(file.endswith(".bin") for file in files):
+        return CheckpointError(
+            f"{name} has only pickled weights; --allow-pickle reads them, as plain tensors only"
+        )
+    found = ", ".join(files[:8]) or "nothing"
+    return CheckpointError(f"{name} holds no {wanted} (found: {found}); use another model or file")

@@ -1,38 +1,40 @@
-"""What people have of a model, found by looking: a directory, a file, a hub id, or nothing."""
+"""Finds the model that `--ckpts` names: a directory, a file, a hub id, or the demo model."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from transformers import __version__ as version
+
 from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loading.cache import SourceCache
 from stream_generator.loading.demo_model import DEMO_NAME, demo_gguf
 from stream_generator.loading.gguf.file import GgufFile, is_gguf
-from stream_generator.loading.hub import downloaded_file, downloaded_model
-from stream_generator.loading.meta_checkpoint import converted_meta_checkpoint, is_meta_layout
+from stream_generator.loading.hub import download_file, download_model
+from stream_generator.loading.meta_checkpoint import convert_meta_checkpoint, is_meta_layout
 from stream_generator.loading.untrusted import weight_files
 
 HUGGING_FACE, HUB, GGUF, META, DEMO = (
-    "a directory in Hugging Face format", "a model of the hub", "a GGUF file",
+    "a directory in Hugging Face format", "a model from the hub", "a GGUF file",
     "Meta's original layout", "the demo model",
 )  # fmt: skip
 ACCEPTED = (
-    "a directory in Hugging Face format (config.json, tokenizer, *.safetensors), one as Meta "
-    "distributes it (params.json, tokenizer.model, consolidated.*.pth), a .gguf file, or the id of "
-    "a model on the hub, also as id@revision and id:file.gguf (HF_TOKEN for gated ones)"
+    "a directory in Hugging Face format (config.json, tokenizer, *.safetensors) or in Meta's "
+    "layout (params.json, tokenizer.model, consolidated.*.pth), a .gguf file, or a hub id, also as "
+    "id@revision or id:file.gguf (set HF_TOKEN for gated models)"
 )
 
-# namespace/name, or a name alone; then a revision, or a file in it
+# name or namespace/name; then optionally @revision and :file.gguf
 _HUB_ID = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?:@([\w./-]+))?(?::([\w./ -]+\.gguf))?")
 
 
 @dataclass(frozen=True)
-class Located:
-    """A model: what it was found as, and where its parts are.
+class LocatedModel:
+    """A model whose files are on this machine.
 
-    directory: its configuration and tokenizer in Hugging Face format, and its weights unless they
-    are in a GGUF file.
+    directory: its configuration and tokenizer in Hugging Face format, and its weights unless `gguf`
+    holds them.
     """
 
     layout: str
@@ -42,53 +44,52 @@ class Located:
 
     @classmethod
     def of_gguf(cls, path: Path, layout: str = GGUF, name: str | None = None) -> Self:
-        """The model of a GGUF file. Raises `CheckpointError` for what cannot be read."""
+        """Return the model of a GGUF file. Raises `CheckpointError` if the file is not readable."""
         file = GgufFile(path)
         return cls(layout, file.facts(), name or path.stem, file)
 
     def dense_directory(self) -> Path:
-        """The whole model as a directory that transformers can load, converted if need be."""
+        """Return a directory that transformers can load. Converts a GGUF once."""
         return self.gguf.dense() if self.gguf else self.directory
 
     def cache(self) -> SourceCache:
-        """What is kept of it."""
         if self.gguf:
             return self.gguf.cache
         return SourceCache(self.directory, weights_in(self.directory))
 
 
-def locate(source: str | None, *, allow_pickle: bool = False) -> Located:
-    """Find out what `source` names, and bring or convert it where it cannot be loaded as it is.
+def locate(source: str | None, *, allow_pickle: bool = False) -> LocatedModel:
+    """Find the model that `source` names; None is the demo model. See `ACCEPTED` for all forms.
 
-    allow_pickle: whether pickled weights in Hugging Face format will do.
-    Raises `CheckpointError` for what is none of `ACCEPTED`.
+    Downloads hub models, and converts Meta's layout. allow_pickle: accept pickled weights from the
+    hub. Raises `CheckpointError` if there is no such model.
     """
     if source is None:
-        return Located.of_gguf(demo_gguf(), DEMO, DEMO_NAME)
+        return LocatedModel.of_gguf(demo_gguf(), DEMO, DEMO_NAME)
     path = Path(source).expanduser()
     if path.is_dir():
         return _in_directory(path)
     if path.is_file():
         if not is_gguf(path):
-            raise CheckpointError(f"{source} is no GGUF file; --ckpts takes {ACCEPTED}")
-        return Located.of_gguf(path)
+            raise CheckpointError(f"{source} is not a GGUF file; --ckpts takes {ACCEPTED}")
+        return LocatedModel.of_gguf(path)
     if source.startswith((".", "/", "~")) or not (found := _HUB_ID.fullmatch(source)):
         raise CheckpointError(f"{source} does not exist; --ckpts takes {ACCEPTED}")
     name, revision, file = found.groups()
     if file is None:
-        return Located(HUB, downloaded_model(name, revision, allow_pickle=allow_pickle), name)
-    return Located.of_gguf(downloaded_file(name, file, revision))
+        return LocatedModel(HUB, download_model(name, revision, allow_pickle=allow_pickle), name)
+    return LocatedModel.of_gguf(download_file(name, file, revision))
 
 
-def _in_directory(path: Path) -> Located:
+def _in_directory(path: Path) -> LocatedModel:
     name = path.resolve().name
     ggufs = sorted(path.glob("*.gguf"))
     if (path / "config.json").is_file() and (weights_in(path) or not ggufs):
-        return Located(HUGGING_FACE, path, name)
+        return LocatedModel(HUGGING_FACE, path, name)
     if is_meta_layout(path):
-        return Located(META, converted_meta_checkpoint(path), name)
+        return LocatedModel(META, convert_meta_checkpoint(path), name)
     if len(ggufs) == 1:
-        return Located.of_gguf(ggufs[0])
+        return LocatedModel.of_gguf(ggufs[0])
     if ggufs:
         names = ", ".join(p.name for p in ggufs[:8])
         raise CheckpointError(f"{path} holds several GGUF files; name one of them: {names}")
@@ -97,9 +98,9 @@ def _in_directory(path: Path) -> Located:
 
 
 def weights_in(directory: Path) -> list[Path]:
-    """The files of weights that transformers reads of a directory; pickled ones if no others.
+    """List the weight files that transformers loads: safetensors, else pickles, else none.
 
-    Raises `CheckpointError` where an index names files that are not there.
+    Raises `CheckpointError` if some, but not all, of the files that an index names are missing.
     """
     for kind in ("model.safetensors", "pytorch_model.bin"):
         files = [directory / name for name in weight_files(directory, kind)]
@@ -108,14 +109,14 @@ def weights_in(directory: Path) -> list[Path]:
             return files
         if len(missing) < len(files):
             raise CheckpointError(
-                f"{directory} lacks {len(missing)} of {len(files)} files of its weights "
-                f"({missing[0]}, ...); download them again"
+                f"{directory} lacks {len(missing)} of {len(files)} weight files ({missing[0]}, "
+                "...); download them again"
             )
     return []
 
 
 def could_not_load(source: str | None, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"could not load {source or 'the demo model'}: {first_line(error)}; --ckpts takes "
-        f"{ACCEPTED}"
+        f"could not load {source or DEMO}: {first_line(error)}; check that all files "
+        f"are complete, that transformers {version} supports the model, and that the options fit it"
     )

@@ -1,4 +1,4 @@
-"""Load a model from a directory, a hub id, a GGUF file, or the demo model's package."""
+"""`load_checkpoint`: loads a model from any source, in five steps."""
 
 from collections.abc import Mapping
 from functools import cache, partial
@@ -11,14 +11,14 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loaded_model import Checkpoint, facts_of
 from stream_generator.loading.cache import remove_old
-from stream_generator.loading.graph_choice import could_pack, graph_for, wants_packed
-from stream_generator.loading.layout import META, Located, could_not_load, locate
+from stream_generator.loading.graph_choice import choose_graph, could_pack, wants_packed
+from stream_generator.loading.layout import DEMO, META, LocatedModel, could_not_load, locate
 from stream_generator.loading.untrusted import refuse_pickle, refuse_unsafe
 from stream_generator.model.packed_weight import packed_size
 from stream_generator.model.saved_graph import SavedGraph
 from stream_generator.text.chat import ChatFormat, MetaChatFormat
 
-if TYPE_CHECKING:  # importing it takes a second, and a model that runs on a graph needs none of it
+if TYPE_CHECKING:  # the import takes a second, and step graphs work without it
     from transformers import PreTrainedModel
 
 
@@ -37,17 +37,16 @@ def load_checkpoint(
     quantize: "none", "int8", "int4", or "auto", which keeps weights packed as the file has them.
     name: the model's name in answers. dtype: of dense weights, "bfloat16", "float16", "float32",
     or "auto": bfloat16 if the device is fast at it or float32 does not fit, else float32.
-    device: the device to use; by default all GPUs, or the CPU if there is no GPU. device_map: the
-    parts for each device, as transformers takes it: "auto", "balanced", "sequential", or devices
-    by the names of modules. allow_pickle: read pickled weights if there are no others.
+    device: by default all GPUs, or the CPU if there is no GPU. device_map: how to spread the model
+    over devices, as in transformers: "auto", "balanced", "sequential", or devices by module name.
+    allow_pickle: load pickled weights if there are no others.
 
-    Weights come from safetensors, GGUF or Meta's own files. Of a pickle only plain tensors are
-    read, and no code of the checkpoint runs.
-    Raises `CheckpointError`, whose message says what to do.
+    Loads safetensors, GGUF and Meta's own files. Reads only plain tensors from pickles, and runs no
+    code of the checkpoint. Raises `CheckpointError`, whose message says what to do.
     """
     # 1. Choose the device.
     if device is not None:
-        _refuse_unusable(device)
+        _refuse_unusable_device(device)
     on_cpu = not torch.cuda.is_available() or device == "cpu"
     if device is None and device_map is None and not on_cpu:
         device_map = "auto"
@@ -64,9 +63,9 @@ def load_checkpoint(
     if on_cpu and wants_packed(found, quantize):
         spread = device_map is not None
         configs = parts.config, parts.generation_config
-        graph = graph_for(found, quantize, *configs, dtype=dtype, spread=spread)
+        graph = choose_graph(found, quantize, *configs, dtype=dtype, spread=spread)
 
-    # 5. Load the transformers model; with a graph, only when somebody reads it.
+    # 5. Load the transformers model; with a graph, only when `Checkpoint.model` is read.
     @cache
     def load() -> tuple["PreTrainedModel", int]:
         from stream_generator.loading.transformers_model import ModelLoader
@@ -75,7 +74,7 @@ def load_checkpoint(
         packable = packable and could_pack(parts.config, parts.generation_config)
         size = partial(packed_size, parts.config) if packable else None
         loader = ModelLoader(found, source, size, dtype, device, device_map, on_cpu, allow_pickle)
-        # On a CPU a transformers model is dense: packed weights run on the graph.
+        # On a CPU, packed weights run on the graph, and transformers models are dense.
         return loader.load("none" if on_cpu else quantize)
 
     if graph is None:
@@ -98,7 +97,7 @@ def load_checkpoint(
 
 
 class _Parts(NamedTuple):
-    """What a checkpoint holds beside its weights."""
+    """The parts of a checkpoint except its weights."""
 
     tokenizer: Any
     chat: ChatFormat
@@ -106,18 +105,20 @@ class _Parts(NamedTuple):
     generation_config: GenerationConfig
 
 
-def _find(source: str | None, *, allow_pickle: bool) -> Located:
+def _find(source: str | None, *, allow_pickle: bool) -> LocatedModel:
     try:
         found = locate(source, allow_pickle=allow_pickle)
         refuse_unsafe(found.directory)
         if not allow_pickle:
             refuse_pickle(found.directory)
-    except (OSError, RuntimeError) as error:  # such as a directory that must not be read
-        raise CheckpointError(f"could not read {source}: {error}") from error
+    except (OSError, RuntimeError) as error:  # such as missing permissions
+        raise CheckpointError(
+            f"could not read {source or DEMO}: {error}; check the path and its permissions"
+        ) from error
     return found
 
 
-def _read_parts(found: Located, source: str | None) -> _Parts:
+def _read_parts(found: LocatedModel, source: str | None) -> _Parts:
     try:
         tokenizer = AutoTokenizer.from_pretrained(found.directory, trust_remote_code=False)
         chat = MetaChatFormat(tokenizer) if found.layout == META else ChatFormat(tokenizer)
@@ -130,13 +131,13 @@ def _read_parts(found: Located, source: str | None) -> _Parts:
         raise could_not_load(source, error) from error
 
 
-def _refuse_unusable(device: str) -> None:
+def _refuse_unusable_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CheckpointError(
-            f"--device {device} cannot be used here: {first_line(error)}; try cpu, or cuda with a "
-            "PyTorch that has it"
+            f"--device {device} cannot be used here: {first_line(error)}; use cpu, or install a "
+            "PyTorch build that supports this device"
         ) from error
 
 

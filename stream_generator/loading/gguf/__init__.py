@@ -1,4 +1,1 @@
-"""GGUF files: the header, checked first; configuration, tokenizer and weights.
-
-Knows no other layout. Start with `file.GgufFile`.
-"""
+"""Reads GGUF files: header, configuration, tokenizer and weights. Start with `file.GgufFile`."""

@@ -1,7 +1,7 @@
-"""A GGUF file's configuration, tokenizer and dense weights in Hugging Face format, made once.
+"""Converts a GGUF file's configuration, tokenizer and dense weights to Hugging Face format, once.
 
-Reading a GGUF takes transformers some twenty seconds for a small model, each time; a directory
-loads in under a second.
+transformers needs about twenty seconds to read a small model's GGUF, but less than one second to
+read a directory.
 """
 
 import json
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAGIC = b"GGUF"
-HAS_PACKED = "packed.json"  # whether the file has packed weights, beside its configuration
-CONVERSION = 5  # raise it when the conversion changes, so that older results are not used
+HAS_PACKED = "packed.json"  # in the directory of facts: whether the GGUF has packed weights
+CONVERSION = 5  # raise this when the conversion changes, so that cached results are made again
 
 
 def _digits_first() -> pre_tokenizers.PreTokenizer:
@@ -55,25 +55,25 @@ def _split_by(pattern: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-# How a text is split before its pieces are looked up, by tokenizer.ggml.pre. transformers splits
-# every GGUF with a byte-level vocabulary as GPT-2's. Source: llama.cpp, llama-vocab.cpp.
+# How to split a text into pieces, by the value of tokenizer.ggml.pre. transformers splits texts for
+# every GGUF with a byte-level vocabulary as GPT-2 does. Source: llama.cpp, llama-vocab.cpp.
 PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "smollm": _digits_first,
     "llama-bpe": _split_by(_WORDS + r"\p{N}{1,3}" + _REST),
     "qwen2": _split_by(_WORDS + r"\p{N}" + _REST),
     "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
 }
-IGNORE_MERGES = {"llama-bpe"}  # a piece that is a word of the vocabulary is that word
+IGNORE_MERGES = {"llama-bpe"}  # a piece that the vocabulary holds is one token
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a file begins as a GGUF does."""
+    """Whether a file begins with the magic bytes of GGUF."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
 def refuse_part(name: str) -> None:
-    """Raise `CheckpointError` for a name that llama.cpp gives to one file of several."""
+    """Raise `CheckpointError` if a file is one part of a split GGUF, by llama.cpp's names."""
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", name):
         raise CheckpointError(
             f"{name} is one part of several; join them with llama.cpp's llama-gguf-split --merge"
@@ -81,72 +81,72 @@ def refuse_part(name: str) -> None:
 
 
 class GgufFile:
-    """A GGUF file, and what is kept of it."""
+    """A GGUF file, and the cached results of its conversion."""
 
     def __init__(self, path: Path, cache: Path | None = None):
-        """Raises `CheckpointError` for one part of several, or a file with a damaged header."""
+        """Raises `CheckpointError` for one part of several."""
         refuse_part(path.name)
         self.path = path
         self.cache = SourceCache(path, [path], cache)
 
     def facts(self) -> Path:
-        """Its configuration and tokenizer, as a directory in Hugging Face format.
+        """Return a directory with the configuration and the tokenizer, in Hugging Face format.
 
-        Raises `CheckpointError` for a file that is damaged, or of an architecture that is not
-        known, or does not fit into memory.
+        Raises `CheckpointError` if the file is damaged, has an unknown architecture, or does not
+        fit into memory.
         """
         size = self.path.stat().st_size
         refuse_if_too_large(self.path, size, free_memory(torch.device("cpu")))
-        return self.cache.made("facts", CONVERSION, self._write_facts)
+        return self.cache.get("facts", CONVERSION, self._write_facts)
 
     def dense(self) -> Path:
-        """The whole model as a directory in Hugging Face format, its weights in bfloat16.
+        """Return a directory with the whole model in Hugging Face format, in bfloat16.
 
-        Raises as `facts`, and for a model that does not fit into memory.
+        Raises as `facts` does, also if the bfloat16 weights do not fit into memory.
         """
         size = 2 * self.parameters
         refuse_if_too_large(self.path, size, free_memory(torch.device("cpu")))
-        return self.cache.made("dense", CONVERSION, self._write_dense, size)
+        return self.cache.get("dense", CONVERSION, self._write_dense, size)
 
     @property
     def parameters(self) -> int:
-        """How many numbers it holds. Raises `CheckpointError` for a damaged header."""
+        """How many numbers the tensors hold. Raises `CheckpointError` for a damaged header."""
         from stream_generator.loading.gguf.header import checked_parameters
 
         try:
             return checked_parameters(self.path)
         except ValueError as error:
-            raise unreadable(self.path, error) from error
+            raise _unreadable(self.path, error) from error
 
     def is_packed(self) -> bool:
-        """Whether it has packed weights."""
+        """Whether the file has packed weights."""
         return bool(json.loads((self.facts() / HAS_PACKED).read_text()))
 
     def weights(self) -> "GgufWeights":
-        """Its weights as they are. Raises `CheckpointError` for an unknown architecture."""
+        """Open the weights. Raises `CheckpointError` for an unknown architecture."""
         from stream_generator.loading.gguf.weights import GgufWeights
 
         try:
             return GgufWeights(self.path)
         except (ValueError, KeyError) as error:
-            raise unreadable(self.path, error) from error
+            raise _unreadable(self.path, error) from error
 
     def _write_facts(self, directory: Path) -> None:
-        # Imported here: only the first start needs it, and it takes a while.
+        # Imported here, because the import is slow and only the first start needs it.
         from gguf import GGUFReader
 
-        _ = self.parameters  # the header is checked before anything else reads it
+        _ = self.parameters  # check the header before anything else reads the file
         print(f"Reading {self.path.name} for faster starts (once) ...", file=sys.stderr)
         try:
             reader = GGUFReader(self.path)
-            with _alone(self.path) as options:
+            with _isolated(self.path) as options:
                 tokenizer = AutoTokenizer.from_pretrained(**options)
                 config = AutoConfig.from_pretrained(**options)
-            _mend_tokenizer(tokenizer, reader.fields)
+            _correct_tokenizer(tokenizer, reader.fields)
             _refuse_biases(config, reader)
-            _mend_rotation(config, reader)
-        except Exception as error:  # whatever a foreign file makes the readers raise
-            raise unreadable(self.path, error) from error
+            _add_rotary_scaling(config, reader)
+        except Exception as error:  # a damaged file can make the readers raise anything
+            raise _unreadable(self.path, error) from error
         config.save_pretrained(directory)
         (directory / HAS_PACKED).write_text(json.dumps(self.weights().is_packed))
         tokenizer.save_pretrained(directory)
@@ -155,7 +155,7 @@ class GgufFile:
         facts = self.facts()
         print(f"Converting {self.path.name} for faster starts (once) ...", file=sys.stderr)
         try:
-            with _alone(self.path) as options:
+            with _isolated(self.path) as options:
                 model, report = AutoModelForCausalLM.from_pretrained(
                     quantization_config=GgufConfig(dequantize=True),
                     dtype=torch.bfloat16,
@@ -164,16 +164,16 @@ class GgufFile:
                 )
             if missing := sorted(report["missing_keys"]):
                 raise ValueError(f"it lacks {len(missing)} of its weights ({missing[0]}, ...)")
-        except Exception as error:  # whatever a foreign file makes the readers raise
-            raise unreadable(self.path, error) from error
+        except Exception as error:  # a damaged file can make the readers raise anything
+            raise _unreadable(self.path, error) from error
         model.save_pretrained(directory)
         for file in facts.iterdir():
             shutil.copy(file, directory)
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[dict[str, Any]]:
-    """Arguments for transformers to read the file without what lies beside it, which it prefers."""
+def _isolated(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield arguments for transformers to read this file and no others in its directory."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.gguf"
         source.symlink_to(path.resolve())
@@ -184,21 +184,22 @@ def _alone(path: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-def unreadable(path: Path, error: Exception) -> CheckpointError:
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{path} could not be read: {first_line(error)}; if it was cut off, download it again"
+        f"{path} could not be read: {first_line(error)}; download it again if it is incomplete, or "
+        "use the model in Hugging Face format"
     )
 
 
 def _refuse_biases(config: Any, reader: Any) -> None:
     if config.model_type == "llama" and any(t.name.endswith(".bias") for t in reader.tensors):
-        raise ValueError("it has biases, which transformers leaves out of a Llama")
+        raise ValueError("it has biases, which transformers ignores in a Llama's GGUF")
 
 
-def _mend_rotation(config: Any, reader: Any) -> None:
-    """Llama 3.1's and 3.2's scaled frequencies, which a GGUF has as a tensor of divisors.
+def _add_rotary_scaling(config: Any, reader: Any) -> None:
+    """Set the scaled rotary frequencies of Llama 3.1 and 3.2, which transformers ignores in a GGUF.
 
-    transformers leaves them out. Raises `ValueError` for what it leaves out and we do, too.
+    The file holds them as a tensor of divisors. Raises `ValueError` for any other scaling.
     """
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     kind = next(
@@ -206,8 +207,7 @@ def _mend_rotation(config: Any, reader: Any) -> None:
     )
     if kind is not None and kind.contents() != "none":
         raise ValueError(
-            f"its rotary positions are scaled ({kind.contents()}), which cannot be taken over; use "
-            "the model in Hugging Face format"
+            f"its rotary positions are scaled in a way that is not supported ({kind.contents()})"
         )
     if "rope_freqs.weight" not in tensors:
         return
@@ -225,11 +225,11 @@ def _mend_rotation(config: Any, reader: Any) -> None:
     )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     if not torch.allclose(plain / scaled, divisors, rtol=1e-3):
-        raise ValueError("its rotary frequencies are scaled in a way that is not Llama 3's")
+        raise ValueError("its rotary frequencies are scaled in another way than Llama 3's")
 
 
-def _mend_tokenizer(tokenizer: Any, fields: dict[str, Any]) -> None:
-    """Split texts as the model was trained, and begin them as the file says."""
+def _correct_tokenizer(tokenizer: Any, fields: dict[str, Any]) -> None:
+    """Make the tokenizer split texts as in training, and begin them as the file says."""
 
     def field(name: str) -> Any:
         return fields[name].contents() if name in fields else None
@@ -241,10 +241,10 @@ def _mend_tokenizer(tokenizer: Any, fields: dict[str, Any]) -> None:
             backend.pre_tokenizer = PRE_TOKENIZERS[kind]()
             backend.model.ignore_merges = kind in IGNORE_MERGES
         else:
-            logger.warning("the file's tokenizer is of the kind %s: it may split otherwise", kind)
+            logger.warning("unknown tokenizer kind %s: texts may be split unlike in training", kind)
         begin = tokenizer.bos_token
         begins = field("tokenizer.ggml.add_bos_token")
-        if begins is None:  # many files of Llama 3 do not say it; llama.cpp knows
+        if begins is None:  # missing in many files of Llama 3; llama.cpp has the same rule
             begins = kind == "llama-bpe"
         if begin and begins:
             backend.post_processor = processors.TemplateProcessing(

@@ -1,4 +1,4 @@
-"""The weights of a GGUF file by transformers' names, packed as the file has them.
+"""Reads the weights of a GGUF file by transformers' names, packed as the file has them.
 
 Source: the block formats of ggml (Q4_0, Q4_1, Q8_0, Q4_K, Q5_K, Q6_K), ggml-common.h.
 """
@@ -18,25 +18,25 @@ from gguf.quants import Q4_K
 
 from stream_generator.model.packed_weight import GROUP, PackedWeight
 
-# Bytes of a block of 32 weights: a scale, for Q4_1 a minimum, then the values.
-_HEADERS = {
+# Bytes before the values in a block of 32 weights: a scale, and for Q4_1 a minimum.
+_HEADER_BYTES = {
     GGMLQuantizationType.Q4_0: 2,
     GGMLQuantizationType.Q4_1: 4,
     GGMLQuantizationType.Q8_0: 2,
 }
-# A block of 256 weights is eight groups of 32, whose scales and minima have six bits each.
-_IN_GROUPS = {GGMLQuantizationType.Q4_K: 4, GGMLQuantizationType.Q5_K: 5}
-_PACKED = {*_HEADERS, *_IN_GROUPS, GGMLQuantizationType.Q6_K}
+# Bits of a weight in formats with blocks of 256: eight groups of 32, each with a scale and minimum.
+_GROUPED_BITS = {GGMLQuantizationType.Q4_K: 4, GGMLQuantizationType.Q5_K: 5}
+_PACKED = {*_HEADER_BYTES, *_GROUPED_BITS, GGMLQuantizationType.Q6_K}
 
 
 class GgufWeights:
-    """A file's tensors by the names of a transformers model's modules and parameters.
+    """A file's tensors by the names of transformers' modules and parameters.
 
-    The file is mapped to memory: a tensor is read when it is asked for.
+    The file is mapped to memory, so each tensor is read only when it is asked for.
     """
 
     def __init__(self, path: Path):
-        """Raises `ValueError` for an architecture that the `gguf` package does not know."""
+        """Raises `ValueError` if the `gguf` package does not know the architecture."""
         reader = GGUFReader(path)
         architecture = reader.fields["general.architecture"].contents()
         kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
@@ -60,33 +60,32 @@ class GgufWeights:
         return any(tensor.tensor_type in _PACKED for tensor in self._tensors.values())
 
     def packed(self, module: str) -> PackedWeight | None:
-        """The weight of a linear layer or an embedding; None where the file has it not packed.
+        """Return the weight of a linear layer or an embedding; None if it is not packed.
 
-        Raises `KeyError` where the file lacks it.
+        Raises `KeyError` if the file lacks it.
         """
         tensor = self._tensor(f"{module}.weight")
         if tensor.tensor_type not in _PACKED:
             return None
-        return _packed(self._in_order(module, torch.tensor(tensor.data)), tensor.tensor_type)
+        return _unpack(self._reorder(module, torch.tensor(tensor.data)), tensor.tensor_type)
 
     def dense(self, parameter: str) -> torch.Tensor:
-        """What a parameter stands for: float32. Raises `KeyError` where the file lacks it."""
+        """Read a parameter as float32. Raises `KeyError` if the file lacks it."""
         tensor = self._tensor(parameter)
         dense = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
-        return self._in_order(parameter.rpartition(".")[0], dense)
+        return self._reorder(parameter.rpartition(".")[0], dense)
 
     def _tensor(self, parameter: str) -> Any:
         module, _, kind = parameter.rpartition(".")
         found = self._tensors.get(f"{self._in_file.get_name(module)}.{kind}")
-        if found is None and parameter == "lm_head.weight":  # shared with the embedding
+        if found is None and parameter == "lm_head.weight":  # tied to the embedding
             found = self._tensors.get("token_embd.weight")
         if found is None:
             raise KeyError(parameter)
         return found
 
-    def _in_order(self, module: str, rows: torch.Tensor) -> torch.Tensor:
-        """llama.cpp's Llama pairs neighbours of a head for rotary positions, transformers its
-        halves."""
+    def _reorder(self, module: str, rows: torch.Tensor) -> torch.Tensor:
+        """Move rotary pairs, which are neighbours in llama.cpp's Llama, half a head apart."""
         heads = self._interleaved.get(module.rpartition(".")[2])
         if not heads:
             return rows
@@ -94,13 +93,13 @@ class GgufWeights:
         return in_halves
 
 
-def _packed(rows: torch.Tensor, kind: GGMLQuantizationType) -> PackedWeight:
-    """rows: uint8 [out, bytes]"""
+def _unpack(rows: torch.Tensor, kind: GGMLQuantizationType) -> PackedWeight:
+    """Read blocks of any packed format. rows: uint8 [out, bytes]."""
     if kind is GGMLQuantizationType.Q6_K:
-        return _in_sixteens(rows)
-    if kind in _IN_GROUPS:
-        return _in_groups(rows, _IN_GROUPS[kind])
-    header = _HEADERS[kind]
+        return _unpack_q6_k(rows)
+    if kind in _GROUPED_BITS:
+        return _unpack_q4_k_or_q5_k(rows, _GROUPED_BITS[kind])
+    header = _HEADER_BYTES[kind]
     bits = 8 if kind == GGMLQuantizationType.Q8_0 else 4
     blocks = rows.unflatten(1, (-1, header + GROUP * bits // 8))
     head = blocks[:, :, :header].contiguous().view(torch.float16).float()
@@ -109,16 +108,17 @@ def _packed(rows: torch.Tensor, kind: GGMLQuantizationType) -> PackedWeight:
     if bits == 8:
         return PackedWeight(8, body.view(torch.int8).flatten(1), scales)
     values = torch.cat((body & 15, body >> 4), dim=2).view(torch.int8).flatten(1) - 8
-    # d value + m, with the value counted from -8
+    # The file has scale * value + minimum with values from 0, and we count values from -8.
     zeros = None if header == 2 else head[:, :, 1] + 8 * scales
     return PackedWeight(4, values, scales, zeros)
 
 
-def _in_groups(rows: torch.Tensor, bits: int) -> PackedWeight:
-    """Q4_K or Q5_K: scale * value - minimum, both of a group as multiples of the block's own.
+def _unpack_q4_k_or_q5_k(rows: torch.Tensor, bits: int) -> PackedWeight:
+    """Read blocks of Q4_K or Q5_K, in which a weight is scale * value - minimum.
 
-    A block: its scale and minimum in half precision, 12 bytes of the groups' multiples, for Q5_K
-    32 bytes of fifth bits, then the lower four, those of two groups to a byte.
+    A block holds a scale and a minimum in half precision, then 12 bytes with multiples of both for
+    each group, six bits each. In Q5_K, 32 bytes of fifth bits follow. Then each byte holds the
+    lower four bits of two weights, which are in neighbouring groups. rows: uint8 [out, bytes].
     """
     blocks = rows.unflatten(1, (-1, 16 + GROUP * bits))
     own = blocks[:, :, :4].contiguous().view(torch.float16).float()  # [out, blocks, 2]
@@ -138,11 +138,11 @@ def _in_groups(rows: torch.Tensor, bits: int) -> PackedWeight:
     )
 
 
-def _in_sixteens(rows: torch.Tensor) -> PackedWeight:
-    """Q6_K: six bits, and a scale for each 16 weights as a multiple of the block's own.
+def _unpack_q6_k(rows: torch.Tensor) -> PackedWeight:
+    """Read blocks of Q6_K: six bits per weight, and a scale per group of 16.
 
-    A block: 128 bytes of the lower four bits, 64 of the upper two, 16 multiples with a sign, the
-    scale in half precision.
+    A block holds 128 bytes of lower four bits, 64 bytes of upper two bits, and a signed byte per
+    group. That byte times the scale at the end, in half precision, is the group's scale.
     """
     blocks = rows.unflatten(1, (-1, 210))
     low = blocks[:, :, :128].unflatten(2, (2, 64))

@@ -24,7 +24,7 @@ from stream_generator.sampling_params import SamplingParams
 
 @pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("step", range(4))
-def test_a_request_that_fails_fails_alone_and_says_so(step: int, slots: int) -> None:
+def test_a_request_that_fails_fails_alone(step: int, slots: int) -> None:
     def next_id(ids: list[int]) -> int:
         if ids[:1] == [7] and len(ids) == 1 + len(PROMPT) + step:
             raise RuntimeError("secret path /home")
@@ -88,7 +88,7 @@ def test_a_step_that_fails_once_fails_no_request() -> None:
 
 
 @pytest.mark.parametrize("step", range(6))
-def test_nan_in_one_row_fails_it_alone_and_poisons_no_slot(
+def test_nan_in_one_row_fails_that_request_alone_and_damages_no_slot(
     step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a real attention: 0 times NaN is NaN, so what a failed row has left must be wiped."""
@@ -176,7 +176,7 @@ def test_a_repeated_step_draws_the_same_numbers() -> None:
 
 
 @pytest.mark.parametrize("when", ["prompt", "reply"])
-def test_a_lost_device_ends_the_engine_and_every_stream(when: str) -> None:
+def test_a_lost_device_fails_the_engine_and_every_request(when: str) -> None:
     """After an illegal access, say, nothing succeeds on a GPU any more in this process."""
 
     def next_id(ids: list[int]) -> int:

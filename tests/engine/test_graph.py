@@ -81,7 +81,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> SavedGraph:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["llama", "llama ungrouped", "llama tied", "mistral", "qwen3"])
-def test_the_graph_computes_the_model_that_its_weights_stand_for(
+def test_the_graph_gives_the_logits_of_a_dense_model_with_its_weights(
     name: str, bits: int, tmp_path: Path
 ) -> None:
     """In chunks and one at a time, past the windows where there are any."""
@@ -100,12 +100,12 @@ def test_the_graph_computes_the_model_that_its_weights_stand_for(
 
 
 @pytest.mark.parametrize("name", ["gemma", "phi3"])
-def test_a_model_of_another_shape_is_not_built(name: str, tmp_path: Path) -> None:
+def test_no_graph_is_built_for_an_unsupported_architecture(name: str, tmp_path: Path) -> None:
     with pytest.raises(NotBuildable):
         saved(name, 4, tmp_path / "graph")
 
 
-def test_a_layer_that_computes_something_else_keeps_the_model_off_the_graph(
+def test_no_graph_is_built_if_a_layer_differs_from_transformers_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build("llama")
@@ -120,7 +120,7 @@ def test_a_layer_that_computes_something_else_keeps_the_model_off_the_graph(
         build_graph(model.config, PackedOnTheWay(Swapped(model), 8), tmp_path / "graph")
 
 
-def test_what_onnx_runtime_cannot_run_keeps_the_model_off_the_graph(
+def test_no_graph_is_built_that_onnx_runtime_cannot_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build("llama")
@@ -130,7 +130,7 @@ def test_what_onnx_runtime_cannot_run_keeps_the_model_off_the_graph(
 
 
 @pytest.mark.parametrize(("file", "size"), [(WEIGHTS, 100_000), (MANIFEST, 100), (STEP, 1000)])
-def test_a_kept_graph_that_is_damaged_is_a_clear_error(
+def test_a_damaged_graph_in_the_cache_is_a_clear_error(
     demo: Checkpoint, tmp_path: Path, file: str, size: int
 ) -> None:
     assert demo.graph is not None
@@ -141,7 +141,7 @@ def test_a_kept_graph_that_is_damaged_is_a_clear_error(
         runner_of(replace(demo, graph=damaged), max_concurrent=2, max_context=64)
 
 
-def test_a_graph_that_the_memory_does_not_hold_is_a_clear_error(
+def test_a_graph_that_exceeds_the_memory_is_a_clear_error(
     demo: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **options: Any) -> Any:
@@ -152,7 +152,7 @@ def test_a_graph_that_the_memory_does_not_hold_is_a_clear_error(
         runner_of(demo, max_concurrent=2, max_context=64)
 
 
-def test_slots_that_take_no_part_and_what_lies_behind_a_row_change_nothing(
+def test_unwritten_positions_and_other_slots_do_not_change_logits(
     graph: SavedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = GraphRunner(graph, slots=4, context=32)
@@ -168,7 +168,7 @@ def test_slots_that_take_no_part_and_what_lies_behind_a_row_change_nothing(
     assert torch.equal(runner.step([2], [4], [9]), alone)
 
 
-def test_a_prefix_that_is_copied_is_the_prefix(graph: SavedGraph) -> None:
+def test_a_copied_prefix_gives_the_same_logits_as_the_original(graph: SavedGraph) -> None:
     runner = GraphRunner(graph, slots=3, context=32)
     runner.chunk(2, 0, [5, 6, 7, 8])
     runner.copy_prefix(2, 0, 3)
@@ -177,11 +177,11 @@ def test_a_prefix_that_is_copied_is_the_prefix(graph: SavedGraph) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
-def test_the_check_finds_how_many_rows_a_forward_needs(slots: int, graph: SavedGraph) -> None:
+def test_row_check_finds_how_many_rows_a_forward_needs(slots: int, graph: SavedGraph) -> None:
     assert find_least_rows(graph, slots) in (1, 2, slots, None)
 
 
-def test_the_check_notices_bits_that_depend_on_the_number_of_rows(
+def test_row_check_notices_bits_that_depend_on_the_number_of_rows(
     graph: SavedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = GraphRunner.step
@@ -253,7 +253,7 @@ def assert_alone_gives_the_same(engine: Callable[[], Engine], asked: list[Asked]
     deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(seed=st.integers(0, 2**32))
-def test_a_request_gives_the_same_bytes_alone_and_in_any_crowd(
+def test_a_request_gets_the_same_reply_alone_and_beside_any_others(
     seed: int, checkpoint: Checkpoint, runner: GraphRunner
 ) -> None:
     """Whatever arrives, leaves and is found in the cache, and however prompts are cut."""
@@ -279,7 +279,7 @@ def test_a_request_gives_the_same_bytes_alone_and_in_any_crowd(
     assert_alone_gives_the_same(engine, asked)
 
 
-def test_a_lone_stream_runs_with_as_many_rows_as_the_law_needs(
+def test_a_single_request_runs_with_the_least_number_of_rows(
     graph: SavedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where one row is computed by another kernel than two."""
@@ -301,7 +301,9 @@ def test_a_lone_stream_runs_with_as_many_rows_as_the_law_needs(
 
 
 @pytest.mark.parametrize("n", range(8))
-def test_the_demo_model_gives_the_same_bytes_alone_and_in_a_crowd(n: int, demo: Checkpoint) -> None:
+def test_the_demo_model_gives_the_same_reply_alone_and_beside_others(
+    n: int, demo: Checkpoint
+) -> None:
     """Eight scenarios: greedy and drawn, short and long, one after the other and all at once."""
     runner = _demo_runner(demo)
     if not runner.reproducible:
@@ -327,7 +329,7 @@ def _demo_runner(demo: Checkpoint) -> GraphRunner:
     return runner
 
 
-def test_what_was_computed_as_a_reply_is_not_reused_for_reproducible_replies(
+def test_reproducible_replies_reuse_no_positions_that_a_reply_computed(
     checkpoint: Checkpoint, runner: GraphRunner
 ) -> None:
     """The next turn computes the last reply again, as a prompt."""
@@ -348,14 +350,14 @@ def test_what_was_computed_as_a_reply_is_not_reused_for_reproducible_replies(
         assert found[1] == len(prompt)
 
 
-def test_nothing_but_a_graph_is_reproducible() -> None:
+def test_reproducible_replies_need_a_graph() -> None:
     made = Checkpoint.of(build("llama"), byte_tokenizer())
     with pytest.raises(CheckpointError, match="needs packed weights on a CPU"):
         Engine(made, reproducible=True)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama tied"])
-def test_weights_are_packed_on_request_once_and_kept(
+def test_weights_are_packed_once_and_kept_in_the_cache(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -372,7 +374,7 @@ def test_weights_are_packed_on_request_once_and_kept(
     assert made.model is made.model
 
 
-def test_what_packed_weights_exclude_is_refused_and_both_flags_are_named(
+def test_packing_rejects_another_dtype_and_unsupported_architectures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -385,7 +387,7 @@ def test_what_packed_weights_exclude_is_refused_and_both_flags_are_named(
         load_checkpoint(str(tmp_path / "gemma"), "int8")
 
 
-def test_settings_that_only_transformers_applies_send_a_checkpoint_to_the_dense_path(
+def test_packing_rejects_settings_that_only_transformers_applies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -104,9 +104,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "layers"), CASES)
-def test_32_requests_that_come_and_go_get_the_ids_they_would_get_alone(
-    name: str, layers: str
-) -> None:
+def test_32_overlapping_requests_get_the_ids_they_would_get_alone(name: str, layers: str) -> None:
     untouched = build(name)
     model = LAYERS[layers](copy.deepcopy(untouched))
     reference = Checkpoint.of(untouched, byte_tokenizer())
@@ -135,7 +133,7 @@ def test_32_requests_that_come_and_go_get_the_ids_they_would_get_alone(
 
 
 @pytest.mark.parametrize("name", ["mamba", "gemma2"])
-def test_a_model_that_does_not_fit_runs_alone_says_so_and_is_right(
+def test_a_model_that_does_not_fit_the_slot_cache_runs_one_request_at_a_time(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Recurrent layers, and attention with a soft cap."""
@@ -169,13 +167,13 @@ def test_a_model_that_does_not_fit_runs_alone_says_so_and_is_right(
     ],
     ids=["dynamic rope", "suppressed tokens"],
 )
-def test_what_rows_cannot_share_runs_alone(change: dict[str, Any]) -> None:
+def test_settings_that_rows_cannot_share_run_one_request_at_a_time(change: dict[str, Any]) -> None:
     model = tiny_llama(vocab_size=258, **{k: v for k, v in change.items() if "rope" in k})
     model.generation_config.suppress_tokens = change.get("suppress_tokens")
     assert isinstance(runner_for(model, 256), SoloRunner)
 
 
-def test_greedy_equals_transformers_generate_with_a_cold_and_a_warm_cache() -> None:
+def test_greedy_replies_equal_transformers_generate_with_a_cold_and_a_warm_prefix_cache() -> None:
     model = build("llama")
     untouched = copy.deepcopy(model)
     engine = Engine(
@@ -195,14 +193,16 @@ def test_greedy_equals_transformers_generate_with_a_cold_and_a_warm_cache() -> N
 
 
 @pytest.mark.parametrize("name", ["gemma", "gemma3", "phi3"])
-def test_a_model_of_another_shape_keeps_its_own_layers(name: str) -> None:
+def test_a_model_of_an_unsupported_shape_keeps_its_own_layers(name: str) -> None:
     model = build(name)
     layers = list(model.base_model.layers)
     assert not fuse(model)
     assert list(model.base_model.layers) == layers
 
 
-def test_eight_chats_of_ten_turns_at_once_are_each_as_if_alone(demo: Checkpoint) -> None:
+def test_eight_parallel_chats_of_ten_turns_get_the_replies_they_would_get_alone(
+    demo: Checkpoint,
+) -> None:
     """The real model, in float32: its histories grow in the slots, and are found there."""
     untouched = AutoModelForCausalLM.from_pretrained(
         locate(None).dense_directory(), dtype=torch.float32

@@ -38,7 +38,7 @@ def test_the_common_prefix_is_the_longest_one(a: list[int], b: list[int], c: lis
         assert n == min(len(x), len(y)) or x[n] != y[n]
 
 
-def test_the_next_turn_goes_on_in_the_slot_of_the_last_one() -> None:
+def test_the_next_turn_of_a_chat_continues_in_the_slot_of_the_last_turn() -> None:
     cache = PrefixCache(3)
     first = running(cache, [1, 2, 3], 4, 5)
     cache.release(first)
@@ -48,7 +48,7 @@ def test_the_next_turn_goes_on_in_the_slot_of_the_last_one() -> None:
     assert (assigned.slot, assigned.source, assigned.length) == (first.slot, first.slot, 4)
 
 
-def test_the_last_output_id_is_not_taken_for_computed() -> None:
+def test_the_last_output_id_does_not_count_as_computed() -> None:
     cache = PrefixCache(2)
     cache.release(running(cache, [1, 2], 3, 4))
     assert place(cache, [1, 2, 3, 4, 5]).length == 3
@@ -61,7 +61,7 @@ def test_at_least_the_last_prompt_id_is_left_to_compute() -> None:
     assert place(PrefixCache(1), [1]).length == 0
 
 
-def test_what_still_runs_is_copied_and_not_taken() -> None:
+def test_the_prefix_of_a_running_request_is_copied_to_another_slot() -> None:
     cache = PrefixCache(2)
     first = running(cache, [1, 2, 3], 4)
     assigned = place(cache, [1, 2, 3, 8])
@@ -71,7 +71,7 @@ def test_what_still_runs_is_copied_and_not_taken() -> None:
     assert place(cache, [5]) is None, "no slot is left"
 
 
-def test_a_part_of_what_a_slot_holds_is_copied_so_that_the_rest_is_not_lost() -> None:
+def test_a_slot_that_shares_only_a_part_of_its_ids_is_copied_and_kept() -> None:
     cache = PrefixCache(2)
     system = [1, 2, 3]
     first = running(cache, [*system, 4, 5])
@@ -82,7 +82,7 @@ def test_a_part_of_what_a_slot_holds_is_copied_so_that_the_rest_is_not_lost() ->
     assert place(cache, [*system, 4, 5, 6]).length == 5
 
 
-def test_the_least_recently_used_slot_is_given_away_first() -> None:
+def test_the_least_recently_used_slot_is_assigned_first() -> None:
     cache = PrefixCache(3)
     requests = [running(cache, [n, n]) for n in (1, 2, 3)]
     for n in (1, 0, 2):
@@ -90,7 +90,7 @@ def test_the_least_recently_used_slot_is_given_away_first() -> None:
     assert [place(cache, [9]).slot for _ in range(3)] == [1, 0, 2]
 
 
-def test_what_failed_or_was_cleared_is_not_found_again() -> None:
+def test_failed_and_cleared_prefixes_are_not_reused() -> None:
     cache = PrefixCache(2)
     cache.release(running(cache, [1, 2, 3]), keep=False)
     assert place(cache, [1, 2, 3, 4]).length == 0
@@ -100,7 +100,7 @@ def test_what_failed_or_was_cleared_is_not_found_again() -> None:
     assert place(cache, [1, 2, 3, 4]).length == 0
 
 
-def test_a_prompt_that_was_left_in_the_middle_is_worth_what_was_computed() -> None:
+def test_the_computed_part_of_an_aborted_prompt_is_reused() -> None:
     cache = PrefixCache(1)
     request = running(cache, [1, 2, 3, 4, 5])
     request.num_computed_tokens = 2
@@ -108,7 +108,7 @@ def test_a_prompt_that_was_left_in_the_middle_is_worth_what_was_computed() -> No
     assert place(cache, [1, 2, 3, 4, 5]).length == 2
 
 
-def test_what_a_neighbour_has_computed_since_is_found_when_the_prompt_begins() -> None:
+def test_a_prefix_computed_after_a_request_was_admitted_is_found() -> None:
     cache = PrefixCache(2)
     first = running(cache, [1, 2, 3, 4])
     first.num_computed_tokens = 0

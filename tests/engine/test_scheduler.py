@@ -134,7 +134,7 @@ def started(scheduler: Scheduler, name: str, prompt: int, computed: int = 0) -> 
     return request
 
 
-def test_a_short_prompt_does_not_wait_for_a_long_one_before_it() -> None:
+def test_a_short_prompt_does_not_wait_for_an_earlier_long_one() -> None:
     scheduler = slow_scheduler()
     started(scheduler, "decodes", 1, computed=1)
     started(scheduler, "long", 4000)
@@ -142,7 +142,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one_before_it() -> None:
     assert run_steps(scheduler, short) <= 2 * 64 // SMALLEST_CHUNK
 
 
-def test_a_long_prompt_does_not_wait_for_all_the_short_ones() -> None:
+def test_a_long_prompt_does_not_wait_for_many_short_ones() -> None:
     scheduler = slow_scheduler()
     started(scheduler, "decodes", 1, computed=1)
     long = started(scheduler, "long", 1600)
@@ -151,17 +151,17 @@ def test_a_long_prompt_does_not_wait_for_all_the_short_ones() -> None:
     assert run_steps(scheduler, long) <= 2 * 1600 // SMALLEST_CHUNK + 1
 
 
-def test_what_a_prompt_does_not_need_of_a_step_goes_to_the_next() -> None:
+def test_the_rest_of_a_steps_budget_goes_to_the_next_prompt() -> None:
     scheduler = Scheduler()
     requests = [started(scheduler, str(n), 70) for n in range(3)]
     assert [(c.request, c.length) for c in scheduler.plan().prefill] == [(r, 70) for r in requests]
 
 
-def test_a_prompt_alone_goes_in_large_chunks() -> None:
+def test_a_prompt_is_computed_in_the_largest_chunks_while_no_request_decodes() -> None:
     assert Pace().budget(others_decode=False) == LARGEST_CHUNK
 
 
-def test_before_anything_is_measured_a_chunk_is_small() -> None:
+def test_the_first_chunk_beside_requests_in_decode_is_small() -> None:
     assert Pace().budget(others_decode=True) == FIRST_CHUNK
 
 
@@ -169,7 +169,7 @@ def test_before_anything_is_measured_a_chunk_is_small() -> None:
     ("decode", "per_token", "chunk"),
     [(0.05, 0.001, 50), (0.05, 0.02, SMALLEST_CHUNK), (1.0, 0.0001, LARGEST_CHUNK)],
 )
-def test_beside_others_a_chunk_takes_about_as_long_as_their_step(
+def test_a_chunk_takes_about_as_long_as_the_decode_beside_it(
     decode: float, per_token: float, chunk: int
 ) -> None:
     pace = Pace()

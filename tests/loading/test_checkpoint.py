@@ -34,7 +34,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_parts_may_be_told_where_to_go(saved: Path) -> None:
+def test_a_device_map_may_place_layers_on_the_disk(saved: Path) -> None:
     """To the disk, which every machine has: the same hooks carry a part there and back."""
     parts = ["embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb"]
     devices: dict[str, str | int] = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"}
@@ -54,23 +54,23 @@ def test_parts_may_be_told_where_to_go(saved: Path) -> None:
     assert ids[0]
 
 
-def test_where_the_parts_go_does_not_change_what_is_computed_in(saved: Path) -> None:
+def test_a_device_map_does_not_change_the_dtype(saved: Path) -> None:
     told = load_checkpoint(str(saved), device_map={"": "cpu"})
     assert told.model.dtype is load_checkpoint(str(saved)).model.dtype
 
 
-def test_a_device_of_another_machine_is_a_clear_error(saved: Path) -> None:
+def test_an_unknown_device_is_a_clear_error(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="--device meteor cannot be used here"):
         load_checkpoint(str(saved), device="meteor")
 
 
-def test_an_end_that_the_vocabulary_lacks_is_told_by_its_number() -> None:
+def test_an_end_id_outside_the_vocabulary_is_described_by_its_number() -> None:
     model = FakeModel(says(""))
     model.generation_config.eos_token_id = [END, 300]
     assert "id 300" in Checkpoint.of(model, byte_tokenizer()).describe()
 
 
-def test_weights_are_counted_as_they_are_loaded(
+def test_the_memory_check_counts_only_loaded_weights_in_the_loaded_dtype(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not those for another program beside them, and twice where they become twice as large."""
@@ -87,7 +87,7 @@ def test_weights_are_counted_as_they_are_loaded(
         load_checkpoint(str(directory), dtype="float32")
 
 
-def test_a_file_of_several_that_is_missing_is_named(saved: Path, tmp_path: Path) -> None:
+def test_a_missing_weights_file_is_named_in_the_error(saved: Path, tmp_path: Path) -> None:
     directory = tmp_path / "model"
     tiny_llama(vocab_size=258).save_pretrained(directory, max_shard_size="20KB")
     byte_tokenizer().save_pretrained(directory)
@@ -99,7 +99,7 @@ def test_a_file_of_several_that_is_missing_is_named(saved: Path, tmp_path: Path)
         load_checkpoint(str(directory))
 
 
-def test_what_must_not_be_read_is_a_clear_error(
+def test_a_checkpoint_without_read_permission_is_a_clear_error(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(directory: Path) -> None:
@@ -110,7 +110,7 @@ def test_what_must_not_be_read_is_a_clear_error(
         load_checkpoint(str(saved))
 
 
-def test_a_device_that_there_is_not_is_a_clear_error(saved: Path) -> None:
+def test_an_unknown_device_in_a_device_map_is_a_clear_error(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="could not load"):
         load_checkpoint(str(saved), device_map={"": "gpu:7"})
 
@@ -141,7 +141,7 @@ def test_a_directory_loads_and_its_facts_are_read(
     assert len(list(outputs)) == 3
 
 
-def test_the_end_ids_are_those_of_all_sources_together() -> None:
+def test_end_ids_come_from_the_tokenizer_and_both_configurations() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
     model = FakeModel(says(""))
@@ -165,7 +165,7 @@ def test_a_relative_path_and_a_home_path_work(saved: Path, monkeypatch: pytest.M
         (("tokenizer.json", "tokenizer_config.json"), "could not load"),
     ],
 )
-def test_an_incomplete_directory_is_refused_with_what_is_taken(
+def test_an_incomplete_directory_is_rejected(
     saved: Path, tmp_path: Path, missing: tuple[str, ...], words: str
 ) -> None:
     directory = copy_without(saved, tmp_path / "model", *missing)
@@ -173,7 +173,7 @@ def test_an_incomplete_directory_is_refused_with_what_is_taken(
         load_checkpoint(str(directory))
 
 
-def test_code_of_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
     directory = copy_without(saved, tmp_path / "model")
     config = json.loads((directory / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
@@ -184,7 +184,9 @@ def test_code_of_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_that_are_not_there_are_not_made_up(saved: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_rejected_and_not_initialised_at_random(
+    saved: Path, tmp_path: Path
+) -> None:
     directory = copy_without(saved, tmp_path / "model")
     weights = load_file(directory / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -202,12 +204,12 @@ def test_weights_that_are_not_there_are_not_made_up(saved: Path, tmp_path: Path)
         ("not a valid id!", "does not exist"),
     ],
 )
-def test_what_is_no_model_is_named(source: str, words: str) -> None:
+def test_a_source_that_is_no_model_is_a_clear_error(source: str, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         load_checkpoint(source)
 
 
-def test_a_base_model_has_no_chat_but_its_facts_are_there() -> None:
+def test_a_base_model_loads_without_a_chat_template() -> None:
     checkpoint = Checkpoint.of(FakeModel(says("")), byte_tokenizer(chat_template=None))
     assert checkpoint.context_length == 512
     assert fake_checkpoint(says("")).defaults.do_sample is False

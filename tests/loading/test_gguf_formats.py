@@ -62,7 +62,7 @@ def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("quantize", ["none", "auto"])
 @pytest.mark.parametrize("file_type", FILE_TYPES)
-def test_a_model_is_what_its_blocks_stand_for(
+def test_a_gguf_of_every_format_gives_the_logits_of_its_blocks(
     file_type: str,
     quantize: str,
     model: PreTrainedModel,
@@ -88,7 +88,7 @@ def test_a_model_is_what_its_blocks_stand_for(
     assert off(ours, original) < 1.1 * off(ideal, original) + (0.03 if runs_packed else 0.01)
 
 
-def test_a_file_is_known_by_its_content_not_by_its_name(
+def test_a_gguf_is_recognised_by_its_content_and_not_by_its_name(
     model: PreTrainedModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As Ollama keeps them."""
@@ -99,7 +99,7 @@ def test_a_file_is_known_by_its_content_not_by_its_name(
     assert (loaded.name, loaded.layout) == ("tiny", "a GGUF file")
 
 
-def test_what_lies_beside_a_file_is_not_read(
+def test_files_beside_a_gguf_are_not_read(
     model: PreTrainedModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -131,7 +131,7 @@ Change = Callable[[GGUFWriter, dict[str, Any]], object]
         (lambda writer, tensors: writer.add_rope_scaling_type(RopeScalingType.YARN), "scaled"),
     ],
 )
-def test_what_would_be_left_out_is_refused(
+def test_a_gguf_with_missing_or_unsupported_parts_is_rejected(
     change: Change, words: str, model: PreTrainedModel, tokenizer: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -141,7 +141,7 @@ def test_what_would_be_left_out_is_refused(
         load_checkpoint(str(path))
 
 
-def test_llama_3s_texts_begin_with_their_mark_though_the_file_does_not_say_so(
+def test_llama_3_texts_begin_with_the_begin_token_even_if_the_gguf_does_not_say_so(
     model: PreTrainedModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -178,7 +178,7 @@ def load(sources: list[str], home: Path, **environment: str) -> list[str]:
     return lines
 
 
-def test_what_is_loaded_is_brought_once_and_found_offline(
+def test_a_hub_model_is_downloaded_once_and_loads_offline(
     hub: str, asked: list[str], tmp_path: Path
 ) -> None:
     sources = ["org/plain", "org/plain@v2", "org/sharded", "org/converted:deeper/tiny.gguf"]
@@ -192,7 +192,7 @@ def test_what_is_loaded_is_brought_once_and_found_offline(
     assert asked == []
 
 
-def test_what_cannot_be_had_says_why_and_what_to_do(
+def test_a_rejected_hub_model_has_a_clear_error_and_is_not_downloaded(
     hub: str, asked: list[str], tmp_path: Path
 ) -> None:
     told = {
@@ -215,14 +215,14 @@ def test_what_cannot_be_had_says_why_and_what_to_do(
     assert "could not get org/plain from the hub" in told_offline[0]
 
 
-def test_a_token_opens_a_gated_model_and_pickled_weights_are_read_on_request(
+def test_a_token_loads_a_gated_model_and_allow_pickle_loads_pickled_weights(
     hub: str, tmp_path: Path
 ) -> None:
     lines = load(["org/gated", "org/pickled pickle"], tmp_path, HF_ENDPOINT=hub, HF_TOKEN=TOKEN)
     assert lines == ["loaded org/gated 256", "loaded org/pickled 256"]
 
 
-def test_what_the_disk_has_no_room_for_is_refused_with_the_numbers(
+def test_a_download_that_exceeds_the_free_disk_space_is_rejected(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from stream_generator.errors import CheckpointError

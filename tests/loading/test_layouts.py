@@ -173,7 +173,7 @@ def test_every_layout_gives_the_same_model(
     assert "<|eot_id|>" in told
 
 
-def test_the_plain_transformers_load_of_a_conversion_is_the_same_model(
+def test_transformers_loads_the_same_model_from_a_converted_meta_checkpoint(
     model: PreTrainedModel, tokenizer: Any, tmp_path: Path
 ) -> None:
     converted = locate(str(write_meta(model, tmp_path / "Meta-Tiny", shards=2))).directory
@@ -192,7 +192,7 @@ def meta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_meta(made, tmp_path_factory.mktemp("meta") / "Meta-Llama-3-Tiny", shards=1)
 
 
-def test_metas_layout_chats_in_metas_format(meta: Path) -> None:
+def test_a_meta_checkpoint_uses_metas_chat_format(meta: Path) -> None:
     loaded = load_checkpoint(str(meta), "none")
     assert loaded.name == "Meta-Llama-3-Tiny"
     assert "Meta's original layout" in loaded.describe()
@@ -229,7 +229,7 @@ def damaged(meta: Path, target: Path, **changes: bytes | None) -> str:
         ({"consolidated_00_pth": b"PK\x03\x04" + b"\0" * 500}, "not a Llama 3 checkpoint"),
     ],
 )
-def test_a_damaged_meta_checkpoint_is_a_clear_error_and_leaves_nothing(
+def test_a_damaged_meta_checkpoint_is_a_clear_error_and_leaves_nothing_in_the_cache(
     meta: Path, tmp_path: Path, changes: dict[str, bytes | None], words: str
 ) -> None:
     with pytest.raises(CheckpointError, match=words):
@@ -254,7 +254,7 @@ def test_code_in_a_meta_checkpoint_is_not_run(
     assert not (tmp_path / "exploited").exists()
 
 
-def test_a_directory_of_one_gguf_is_that_file_and_of_several_must_be_told(
+def test_a_directory_with_one_gguf_means_that_file_and_with_several_is_rejected(
     tmp_path: Path,
 ) -> None:
     for name in ("a.gguf", "b.gguf"):
@@ -274,13 +274,15 @@ def test_a_directory_of_one_gguf_is_that_file_and_of_several_must_be_told(
         (b"not a GGUF", "is no GGUF file; --ckpts takes"),
     ],
 )
-def test_a_file_that_lies_is_a_clear_error(data: bytes, words: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_valid_gguf_is_a_clear_error(
+    data: bytes, words: str, tmp_path: Path
+) -> None:
     (tmp_path / "model.gguf").write_bytes(data)
     with pytest.raises(CheckpointError, match=words):
         load_checkpoint(str(tmp_path / "model.gguf"))
 
 
-def test_a_conversion_is_done_once(meta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_meta_checkpoint_is_converted_once(meta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = locate(str(meta))
 
     def refuse(*args: Any, **options: Any) -> None:
@@ -299,7 +301,9 @@ def checkpoint_with(tmp_path: Path, name: str, content: object) -> str:
     return str(path)
 
 
-def test_a_link_out_of_the_directory_is_refused_but_the_hubs_own_are_not(tmp_path: Path) -> None:
+def test_a_link_out_of_a_checkpoint_is_rejected_except_the_links_of_the_hubs_cache(
+    tmp_path: Path,
+) -> None:
     outside = tmp_path / "outside"
     outside.write_text("{}")
     path = Path(checkpoint_with(tmp_path, "config.json", {}))
@@ -335,7 +339,7 @@ NONE = r"use a machine with more memory, or a smaller model$"
         (200_000, DYNAMIC, {}, NONE),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_would(
+def test_a_model_that_exceeds_the_memory_is_rejected_with_the_options_that_fit(
     tmp_path: Path,
     tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -355,7 +359,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_size_of_packed_weights_is_what_they_take(
+def test_packed_size_predicts_the_size_of_the_packed_weights(
     tmp_path: Path, bits: int, tied: bool
 ) -> None:
     model = tiny_llama(**PACKABLE | {"vocab_size": 1024, "tie_word_embeddings": tied})
@@ -366,7 +370,7 @@ def test_the_size_of_packed_weights_is_what_they_take(
     assert packed_size(model.config, model.num_parameters(), bits) == pytest.approx(taken, rel=0.05)
 
 
-def test_a_name_and_a_dtype_may_be_given(tmp_path: Path, tokenizer: Any) -> None:
+def test_load_checkpoint_accepts_a_name_and_a_dtype(tmp_path: Path, tokenizer: Any) -> None:
     path = checkpoint_with(tmp_path, "config.json", {})
     tokenizer.save_pretrained(path)
     loaded: Checkpoint = load_checkpoint(path, name="mine", dtype="float16", device="cpu")

@@ -30,7 +30,7 @@ def by_the_formula(
     ("rows", "length", "key_length"),
     [(1, 1, 30), (3, 1, 30), (1, MANY_QUERIES, 300), (1, 7, 30), (2, MANY_QUERIES, 200)],
 )
-def test_attention_is_the_formula(
+def test_attention_equals_its_formula(
     rows: int, length: int, key_length: int, window: int | None, kind: str, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)

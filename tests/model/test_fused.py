@@ -25,7 +25,7 @@ def fused_copy(model: PreTrainedModel) -> PreTrainedModel:
     return made
 
 
-def test_a_fused_model_still_works_with_transformers_own_generate() -> None:
+def test_transformers_generate_gives_the_same_ids_with_a_fused_model() -> None:
     model = tiny_llama(vocab_size=256)
     made = fused_copy(model)
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -33,7 +33,7 @@ def test_a_fused_model_still_works_with_transformers_own_generate() -> None:
     assert torch.equal(made.generate(ids, **arguments), model.generate(ids, **arguments))
 
 
-def test_padding_on_the_left_is_still_masked() -> None:
+def test_a_fused_model_masks_padding_on_the_left() -> None:
     model = tiny_llama(vocab_size=256)
     made = fused_copy(model)
     ids = torch.tensor([[0, 0, 7, 8], [9, 10, 11, 12]])
@@ -44,7 +44,7 @@ def test_padding_on_the_left_is_still_masked() -> None:
 
 
 @pytest.mark.parametrize("part", ["input_layernorm", "mlp.act_fn", "self_attn.scaling"])
-def test_a_layer_that_computes_something_else_stays_and_says_so(
+def test_a_layer_that_computes_something_else_is_not_fused_and_the_log_says_so(
     part: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny_llama(vocab_size=256)
@@ -69,7 +69,7 @@ def test_a_layer_that_computes_something_else_stays_and_says_so(
         FusedDecoder(model, 16)
 
 
-def test_where_onednn_refuses_a_dtype_the_layers_are_fused_all_the_same(
+def test_layers_are_fused_in_a_dtype_that_onednn_does_not_support(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As with bfloat16 on a processor with AVX2 alone."""
@@ -83,7 +83,7 @@ def test_where_onednn_refuses_a_dtype_the_layers_are_fused_all_the_same(
     assert float((ours - theirs).std() / theirs.std()) < TOLERANCE[torch.bfloat16]
 
 
-def test_a_quantized_or_adapted_layer_is_left_alone() -> None:
+def test_a_layer_of_a_linear_subclass_is_not_fused() -> None:
     class Adapted(torch.nn.Linear):
         pass
 
@@ -93,7 +93,7 @@ def test_a_quantized_or_adapted_layer_is_left_alone() -> None:
     assert not fuse(model)
 
 
-def test_the_norm_is_the_formula() -> None:
+def test_rms_norm_equals_transformers_norm() -> None:
     norm = tiny_llama(vocab_size=256).model.norm
     norm.weight.data = torch.linspace(0.5, 2, 32)
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 100
@@ -101,7 +101,7 @@ def test_the_norm_is_the_formula() -> None:
     assert torch.allclose(RMSNorm(norm)(x * 1e-6), norm(x * 1e-6), rtol=1e-4), "epsilon counts"
 
 
-def test_a_model_that_scales_its_logits_is_called_as_a_whole_and_still_served() -> None:
+def test_a_model_that_scales_its_logits_runs_without_the_fused_decoder() -> None:
     model = tiny_llama(vocab_size=256)
     forward = model.forward
 

@@ -47,7 +47,7 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution(row: list[float], 
     assert target <= float(cumulative[index]) + 1e-12
 
 
-def test_the_extreme_numbers_give_the_first_and_the_last_possible_id() -> None:
+def test_the_smallest_and_largest_numbers_draw_the_first_and_last_possible_ids() -> None:
     row = [-math.inf, 0.0, 1.0, -math.inf, 0.5, -math.inf]
     assert draw_one(row, 0.0) == 1
     assert draw_one(row, LARGEST_UNIFORM) == 4
@@ -62,7 +62,7 @@ def test_rows_are_drawn_independently() -> None:
     assert together.tolist() == alone
 
 
-def test_frequencies_follow_the_probabilities() -> None:
+def test_drawn_frequencies_follow_the_probabilities() -> None:
     row = torch.log(torch.tensor([[0.5, 0.0, 0.3, 0.2]]))
     generator = generator_for(7)
     n = 20_000
@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+def test_logits_that_are_not_finite_are_rejected(bad: float) -> None:
     scores = torch.zeros(2, 5)
     scores[1, 3] = bad
     with pytest.raises(GenerationFailed, match="NaN or infinite"):
@@ -91,7 +91,7 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
 
 @given(st.lists(st.integers(0, 9), max_size=30), st.floats(-2, 2), st.floats(-2, 2))
 @settings(deadline=None)
-def test_count_penalties_follow_openais_formula_on_generated_ids_only(
+def test_count_penalties_follow_openais_formula_and_ignore_the_prompt(
     generated: list[int], frequency: float, presence: float
 ) -> None:
     prompt = [9, 9, 9]
@@ -110,14 +110,14 @@ def test_count_penalties_follow_openais_formula_on_generated_ids_only(
 # The tables of parameters
 
 
-def test_every_parameter_that_changes_logits_is_in_a_table() -> None:
+def test_every_parameter_that_changes_logits_has_a_processor() -> None:
     others = {"max_new_tokens", "do_sample", "seed", "stop", "stop_token_ids", "logprobs"}
     assert {*ADJUST, *RESTRICT} == SamplingParams.model_fields.keys() - others
     assert tuple(RESTRICT) == DRAW_FIELDS
 
 
 @pytest.mark.parametrize("name", [*ADJUST, *RESTRICT])
-def test_a_neutral_value_is_accepted_and_changes_nothing(name: str) -> None:
+def test_a_parameter_with_its_neutral_value_adds_no_processor(name: str) -> None:
     table = ADJUST if name in ADJUST else RESTRICT
     (request,) = requests_of({"do_sample": True, "seed": 1, name: table[name].neutral})
     assert not processors({name: table[name]}, request)
@@ -173,7 +173,7 @@ filters = st.fixed_dictionaries(
 
 @given(st.lists(filters, min_size=1, max_size=8), st.integers(0, 2**16), st.booleans())
 @settings(deadline=None, max_examples=200)
-def test_rows_together_give_the_ids_that_transformers_processors_and_the_draw_give_each(
+def test_sampling_a_batch_gives_each_row_the_id_of_transformers_processors(
     params: list[dict[str, Any]], seed: int, ties: bool
 ) -> None:
     if ties:  # of equal scores, top-p keeps whichever a sort has put first
@@ -214,9 +214,7 @@ def is_tie(logits: torch.Tensor, request: Request) -> bool:
     return len(ids) > 1
 
 
-def test_top_p_takes_its_share_of_all_that_top_k_leaves_though_some_lies_beyond_the_prefilter() -> (
-    None
-):
+def test_top_p_counts_ids_that_top_k_keeps_beyond_the_prefilter() -> None:
     torch.manual_seed(0)
     flat = {"top_k": 257, "top_p": 0.01, "temperature": 5.0}
     others = [{"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}]
@@ -227,7 +225,7 @@ def test_top_p_takes_its_share_of_all_that_top_k_leaves_though_some_lies_beyond_
         assert ids_of(sample(logits.clone(), requests)) == expected
 
 
-def test_a_row_that_is_not_finite_fails_alone() -> None:
+def test_a_row_with_nan_or_infinite_logits_fails_alone() -> None:
     settings_of_rows = [{"temperature": 0}, {"seed": 1}, {"top_k": 5, "seed": 1}, {"seed": 2}]
     requests = requests_of(*settings_of_rows)
     logits = torch.randn(4, 400)
@@ -239,7 +237,7 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
     assert isinstance(third, GenerationFailed)
 
 
-def test_the_end_ids_wait_for_the_least_length() -> None:
+def test_end_ids_are_excluded_until_min_new_tokens_is_reached() -> None:
     (request,) = requests_of({"min_new_tokens": 2, "temperature": 0, "stop_token_ids": [9]})
     logits = torch.zeros(1, 400)
     logits[0, 9], logits[0, 8] = 5.0, 4.0
@@ -249,7 +247,7 @@ def test_the_end_ids_wait_for_the_least_length() -> None:
 
 
 @pytest.mark.parametrize("draw_from", [{"temperature": 0}, {"seed": 1, "top_p": 1.0, "top_k": 300}])
-def test_log_probabilities_are_the_models_own_whatever_is_done_to_the_scores(
+def test_log_probabilities_are_the_models_own_whatever_the_parameters(
     draw_from: dict[str, Any],
 ) -> None:
     extras = {"logit_bias": {5: 9.0}, "repetition_penalty": 1.5}

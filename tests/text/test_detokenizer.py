@@ -45,7 +45,7 @@ def real_tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_text_of_every_script_comes_out_whole(real_tokenizer: Any, text: str) -> None:
+def test_text_in_every_script_is_streamed_unchanged(real_tokenizer: Any, text: str) -> None:
     ids = real_tokenizer.encode(text, add_special_tokens=False)
     assert "".join(stream(real_tokenizer, ids)) == text
 
@@ -79,7 +79,7 @@ def single_byte_ids(tokenizer: Any) -> dict[int, int]:
     return {b: vocabulary[c] for b, c in enumerate(byte_alphabet()) if c in vocabulary}
 
 
-def test_an_incomplete_character_is_delivered_at_the_end(real_tokenizer: Any) -> None:
+def test_flush_delivers_an_incomplete_character(real_tokenizer: Any) -> None:
     ids = single_byte_ids(real_tokenizer)
     detokenizer = Detokenizer(real_tokenizer)
     assert [detokenizer.decode(ids[b]) for b in b"A\xf0\x9f"] == ["A", "", ""]
@@ -87,7 +87,7 @@ def test_an_incomplete_character_is_delivered_at_the_end(real_tokenizer: Any) ->
     assert detokenizer.flush() == ""
 
 
-def test_no_more_than_three_characters_are_ever_held_back(real_tokenizer: Any) -> None:
+def test_at_most_three_characters_are_held_back(real_tokenizer: Any) -> None:
     ids = single_byte_ids(real_tokenizer)
     invalid = [ids[0x80]] * 50
     deltas = stream(real_tokenizer, invalid)
@@ -155,7 +155,7 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
     )
 )
 @settings(deadline=None, max_examples=300)
-def test_a_byte_fallback_decoder_gives_valid_text_whole(pieces: list[str]) -> None:
+def test_a_byte_fallback_tokenizer_streams_valid_text_unchanged(pieces: list[str]) -> None:
     """Long runs of bytes, as of rare characters: such a decoder rewrites a run as it grows."""
     tokenizer = byte_fallback_tokenizer()
     vocabulary = tokenizer.get_vocab()
@@ -165,7 +165,7 @@ def test_a_byte_fallback_decoder_gives_valid_text_whole(pieces: list[str]) -> No
     assert "".join(stream(tokenizer, ids)) == whole(tokenizer, ids)
 
 
-def test_a_byte_fallback_run_that_turns_out_invalid_ends_and_loses_nothing_after_it() -> None:
+def test_text_after_invalid_bytes_of_a_byte_fallback_tokenizer_is_not_lost() -> None:
     tokenizer = byte_fallback_tokenizer()
     vocabulary = tokenizer.get_vocab()
     deltas = stream(tokenizer, [*"é".encode(), *([0x80] * 200), vocabulary["▁world"]])
@@ -176,17 +176,17 @@ def test_a_byte_fallback_run_that_turns_out_invalid_ends_and_loses_nothing_after
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_the_bytes_of_the_ids_are_the_bytes_of_the_text(real_tokenizer: Any, text: str) -> None:
+def test_token_bytes_join_to_the_bytes_of_the_text(real_tokenizer: Any, text: str) -> None:
     ids = real_tokenizer.encode(text, add_special_tokens=False)
     assert b"".join(token_bytes(real_tokenizer, i) for i in ids) == text.encode()
 
 
-def test_a_control_token_is_its_name(llama3_tokenizer: Any) -> None:
+def test_the_bytes_of_a_control_token_are_its_name(llama3_tokenizer: Any) -> None:
     eot = llama3_tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert token_bytes(llama3_tokenizer, eot) == b"<|eot_id|>"
 
 
-def test_a_byte_of_a_byte_fallback_vocabulary_is_that_byte() -> None:
+def test_the_bytes_of_a_byte_fallback_token_are_its_byte() -> None:
     tokenizer = byte_fallback_tokenizer()
     token_id = tokenizer.convert_tokens_to_ids("<0xE5>")
     assert token_bytes(tokenizer, token_id) == b"\xe5"

@@ -1,4 +1,4 @@
-"""What --dtype means for dense weights, by the processor and the memory."""
+"""The dtype of dense weights, by --dtype, processor and free memory."""
 
 import logging
 
@@ -17,8 +17,8 @@ def log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
 
-def on(monkeypatch: pytest.MonkeyPatch, capability: str, *, bfloat16: bool = False) -> None:
-    """As on a processor of this kind."""
+def set_cpu(monkeypatch: pytest.MonkeyPatch, capability: str, *, bfloat16: bool = False) -> None:
+    """Pretend to run on a processor with these instructions."""
     monkeypatch.setattr(processor, "capability", lambda: capability)
     monkeypatch.setattr(processor, "has_fast_bfloat16", lambda: bfloat16)
 
@@ -38,7 +38,7 @@ def test_auto_chooses_the_fastest_dtype_of_the_processor(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    on(monkeypatch, capability, bfloat16=bfloat16)
+    set_cpu(monkeypatch, capability, bfloat16=bfloat16)
     assert choose() is dtype
     assert choose("float16") is torch.float16
     assert not caplog.records
@@ -47,7 +47,7 @@ def test_auto_chooses_the_fastest_dtype_of_the_processor(
 def test_only_auto_falls_back_to_bfloat16_where_float32_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    on(monkeypatch, "AVX2")
+    set_cpu(monkeypatch, "AVX2")
     enough = int(4 * BILLION / DENSE_FITS) + 1
     assert choose(free=enough) is torch.float32
     assert choose("float32", free=enough - 2) is torch.float32
@@ -75,7 +75,7 @@ def test_auto_stays_float32_on_a_gpu_that_does_not_support_bfloat16(
 def test_a_processor_is_described_by_its_instructions(
     capability: str, bfloat16: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on(monkeypatch, capability, bfloat16=bfloat16)
+    set_cpu(monkeypatch, capability, bfloat16=bfloat16)
     assert processor.describe() == kind
 
 

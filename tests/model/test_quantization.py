@@ -1,4 +1,4 @@
-"""Packed weights mean what they say, and products of every layout are the same."""
+"""Packed weights are close to the dense ones, and every layout gives the same products."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from stream_generator.model.quantization import (
 )
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
-ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is a GPU's")
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a GPU")
 
 
 def random(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The one draw of the project, the count penalties, and all rows of a step."""
+"""Draws, sampling parameters, and the sampling of all rows of a step."""
 
 import dataclasses
 import math
@@ -69,7 +69,7 @@ def test_drawn_frequencies_follow_the_probabilities() -> None:
     numbers = torch.tensor([uniform(generator) for _ in range(n)], dtype=torch.float64)
     counts = Counter(draw(row.expand(n, -1), numbers).tolist())
     for index, p in enumerate([0.5, 0.0, 0.3, 0.2]):
-        # Four standard deviations of a binomial; the seed is fixed, so this never flickers.
+        # Four standard deviations of a binomial. The seed is fixed, so the test is deterministic.
         assert abs(counts[index] - n * p) <= 4 * math.sqrt(n * p * (1 - p))
 
 
@@ -107,12 +107,12 @@ def test_count_penalties_follow_openais_formula_and_ignore_the_prompt(
         )
 
 
-# The tables of parameters
+# Tables of sampling parameters
 
 
 def test_every_parameter_that_changes_logits_has_a_processor() -> None:
-    others = {"max_new_tokens", "do_sample", "seed", "stop", "stop_token_ids", "logprobs"}
-    assert {*ADJUST, *RESTRICT} == SamplingParams.model_fields.keys() - others
+    unrelated = {"max_new_tokens", "do_sample", "seed", "stop", "stop_token_ids", "logprobs"}
+    assert {*ADJUST, *RESTRICT} == SamplingParams.model_fields.keys() - unrelated
     assert tuple(RESTRICT) == DRAW_FIELDS
 
 
@@ -123,7 +123,7 @@ def test_a_parameter_with_its_neutral_value_adds_no_processor(name: str) -> None
     assert not processors({name: table[name]}, request)
 
 
-# All rows of a step at once
+# Sampling of all rows of a step
 
 
 CLOSE = 1e-4
@@ -136,8 +136,8 @@ def requests_of(*params: dict[str, Any]) -> list[Request]:
     ]
 
 
-def one_by_one(logits: torch.Tensor, requests: list[Request]) -> list[int]:
-    """The plain reading: transformers' own processors, then the draw over the whole vocabulary."""
+def sample_one_by_one(logits: torch.Tensor, requests: list[Request]) -> list[int]:
+    """Sample with transformers' processors and a draw over the whole vocabulary, row by row."""
     ids = []
     for row, request in enumerate(requests):
         scores = logits[row : row + 1].clone()
@@ -176,24 +176,24 @@ filters = st.fixed_dictionaries(
 def test_sampling_a_batch_gives_each_row_the_id_of_transformers_processors(
     params: list[dict[str, Any]], seed: int, ties: bool
 ) -> None:
-    if ties:  # of equal scores, top-p keeps whichever a sort has put first
+    if ties:  # of equal scores, top-p keeps the one that a sort puts first
         params = [p if p.get("temperature") == 0 else p | {"top_p": 1.0} for p in params]
     requests = requests_of(*params)
     torch.manual_seed(seed)
     logits = torch.randn(len(params), 400) * 3
     if ties:
-        logits = logits.round()  # many ids share a score, at the edge of top-k too
-    expected = one_by_one(logits, requests)
+        logits = logits.round()  # so that many ids share a score, also at the limit of top-k
+    expected = sample_one_by_one(logits, requests)
     together = ids_of(sample(logits.clone(), requests))
     for row, request in enumerate(requests):
         assert together[row] == expected[row] or is_tie(logits[row : row + 1], request), row
 
 
 def is_tie(logits: torch.Tensor, request: Request) -> bool:
-    """Whether the last bits of a sum may decide what is drawn.
+    """Whether the last bits of a sum may decide which id is drawn.
 
-    That is so where top-p, or the number that is drawn, falls on a boundary between two ids: sums
-    of many probabilities differ in their last bits with the processor's instructions.
+    They decide where top-p or the drawn number falls on a boundary between two ids. The last bits
+    of a sum of many probabilities depend on the processor's instructions.
     """
     params = request.params
     if params.greedy:
@@ -221,7 +221,7 @@ def test_top_p_counts_ids_that_top_k_keeps_beyond_the_prefilter() -> None:
     for seed in range(100):
         requests = requests_of(*({**row, "seed": seed} for row in (flat, *others)))
         logits = torch.randn(4, 400) * 3
-        expected = one_by_one(logits, requests)
+        expected = sample_one_by_one(logits, requests)
         assert ids_of(sample(logits.clone(), requests)) == expected
 
 
@@ -229,7 +229,7 @@ def test_a_row_with_nan_or_infinite_logits_fails_alone() -> None:
     settings_of_rows = [{"temperature": 0}, {"seed": 1}, {"top_k": 5, "seed": 1}, {"seed": 2}]
     requests = requests_of(*settings_of_rows)
     logits = torch.randn(4, 400)
-    expected = one_by_one(logits, requests)
+    expected = sample_one_by_one(logits, requests)
     logits[1, 17], logits[2, 5] = math.nan, math.inf
     first, second, third, fourth = sample(logits, requests_of(*settings_of_rows))
     assert ids_of([first, fourth]) == [expected[0], expected[3]]
@@ -258,11 +258,11 @@ def test_log_probabilities_are_the_models_own_whatever_the_parameters(
     ]
     logits = torch.randn(1, 400).expand(3, -1) * 2
     own = logits[0].log_softmax(dim=-1)
-    three, none, not_asked = sample(logits.clone(), requests_of(*settings_of_rows))
-    assert three.token_id == none.token_id == not_asked.token_id
-    assert three.logprob == none.logprob == pytest.approx(float(own[three.token_id]), abs=1e-5)
+    three, zero, not_asked = sample(logits.clone(), requests_of(*settings_of_rows))
+    assert three.token_id == zero.token_id == not_asked.token_id
+    assert three.logprob == zero.logprob == pytest.approx(float(own[three.token_id]), abs=1e-5)
     best = own.topk(3)
     assert [i for i, _ in three.alternatives] == best.indices.tolist()
     assert [p for _, p in three.alternatives] == pytest.approx(best.values.tolist(), abs=1e-5)
-    assert none.alternatives == ()
+    assert zero.alternatives == ()
     assert not_asked.logprob is None

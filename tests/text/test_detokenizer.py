@@ -1,4 +1,4 @@
-"""Deltas joined equal the tokenizer's decode of all ids, at a cost that stays linear."""
+"""Joined deltas equal the decode of all ids, at a constant cost per token."""
 
 import random
 from functools import cache
@@ -32,7 +32,7 @@ def stream(tokenizer: Any, ids: list[int]) -> list[str]:
     return [detokenizer.decode(i) for i in ids] + [detokenizer.flush()]
 
 
-def whole(tokenizer: Any, ids: list[int]) -> str:
+def decode_all(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -54,13 +54,13 @@ def test_text_in_every_script_is_streamed_unchanged(real_tokenizer: Any, text: s
 @settings(deadline=None, max_examples=300)
 def test_joined_deltas_equal_the_decode_of_random_ids(real_tokenizer: Any, data: Any) -> None:
     ids = data.draw(st.lists(st.integers(0, len(real_tokenizer) - 1), max_size=120))
-    assert "".join(stream(real_tokenizer, ids)) == whole(real_tokenizer, ids)
+    assert "".join(stream(real_tokenizer, ids)) == decode_all(real_tokenizer, ids)
 
 
 @given(data=st.data())
 @settings(deadline=None, max_examples=300)
 def test_joined_deltas_equal_the_decode_of_random_bytes(real_tokenizer: Any, data: Any) -> None:
-    """Single bytes, valid and not, as ids: the hardest case for a decoder of UTF-8."""
+    """Each id is one byte, and the bytes are not always valid UTF-8."""
     byte_ids = single_byte_ids(real_tokenizer)
     pieces = st.one_of(
         st.binary(min_size=1, max_size=6),
@@ -69,12 +69,12 @@ def test_joined_deltas_equal_the_decode_of_random_bytes(real_tokenizer: Any, dat
     )
     data_bytes = b"".join(data.draw(st.lists(pieces, max_size=40)))
     ids = [byte_ids[b] for b in data_bytes if b in byte_ids]
-    assert "".join(stream(real_tokenizer, ids)) == whole(real_tokenizer, ids)
+    assert "".join(stream(real_tokenizer, ids)) == decode_all(real_tokenizer, ids)
 
 
-@cache  # a vocabulary takes a moment to read
+@cache  # because reading a vocabulary takes a moment
 def single_byte_ids(tokenizer: Any) -> dict[int, int]:
-    """The id of each byte that has one to itself."""
+    """The id of each byte that has an id of its own."""
     vocabulary = tokenizer.get_vocab()
     return {b: vocabulary[c] for b, c in enumerate(byte_alphabet()) if c in vocabulary}
 
@@ -102,7 +102,7 @@ def test_special_tokens_are_never_shown(llama3_tokenizer: Any) -> None:
 
 
 class CountingTokenizer:
-    """Counts the ids that it is asked to decode."""
+    """A tokenizer that counts the ids that it decodes."""
 
     def __init__(self, inner: Any):
         self._inner = inner
@@ -124,12 +124,12 @@ def test_the_cost_of_a_token_does_not_grow_with_the_reply(real_tokenizer: Any, k
         byte_ids = single_byte_ids(real_tokenizer)
         ids = [byte_ids[rng.randrange(0x80, 0xC0)] for _ in range(4000)]
     counting = CountingTokenizer(real_tokenizer)
-    assert "".join(stream(counting, ids)) == whole(real_tokenizer, ids)
+    assert "".join(stream(counting, ids)) == decode_all(real_tokenizer, ids)
     assert counting.decoded / len(ids) < 40
 
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
-    """A decoder like Llama 2's: bytes as <0xNN>, spaces as U+2581, the first one stripped."""
+    """A tokenizer like Llama 2's: bytes are <0xNN>, spaces are U+2581, the first is stripped."""
     vocabulary = {f"<0x{b:02X}>": b for b in range(256)}
     for word in ["▁a", "▁Hello", "▁", "b", "!", "▁world"]:
         vocabulary[word] = len(vocabulary)
@@ -156,13 +156,13 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
 )
 @settings(deadline=None, max_examples=300)
 def test_a_byte_fallback_tokenizer_streams_valid_text_unchanged(pieces: list[str]) -> None:
-    """Long runs of bytes, as of rare characters: such a decoder rewrites a run as it grows."""
+    """Rare characters are long runs of bytes, whose decoded text changes while they grow."""
     tokenizer = byte_fallback_tokenizer()
     vocabulary = tokenizer.get_vocab()
     ids: list[int] = []
     for piece in pieces:
         ids += [vocabulary[piece]] if piece in vocabulary else list(piece.encode())
-    assert "".join(stream(tokenizer, ids)) == whole(tokenizer, ids)
+    assert "".join(stream(tokenizer, ids)) == decode_all(tokenizer, ids)
 
 
 def test_text_after_invalid_bytes_of_a_byte_fallback_tokenizer_is_not_lost() -> None:

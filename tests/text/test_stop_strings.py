@@ -1,4 +1,4 @@
-"""A stop string never leaks, wherever deltas split it."""
+"""No part of a stop string reaches the reader, wherever deltas split it."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +9,7 @@ stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
 
 
 def run(stop_list: list[str], deltas: list[str]) -> tuple[str, bool]:
-    """What a reader gets, and whether a stop string ended it."""
+    """The text that a reader gets, and whether a stop string ended it."""
     matcher, shown = StopStrings(stop_list), ""
     for delta in deltas:
         text, stopped = matcher.feed(delta)
@@ -20,7 +20,7 @@ def run(stop_list: list[str], deltas: list[str]) -> tuple[str, bool]:
 
 
 def expected(stop_list: list[str], text: str) -> tuple[str, bool]:
-    """The plain reading: cut before the stop string that is complete first, and longest."""
+    """The text before the stop string that is complete first; of several, before the longest."""
     for end in range(1, len(text) + 1):
         ending = [s for s in stop_list if text[:end].endswith(s)]
         if ending:

@@ -1,4 +1,4 @@
-"""Which request is served when, and what its neighbours notice."""
+"""The order in which requests are served, and the effect of one request on the others."""
 
 import contextlib
 import random
@@ -27,9 +27,7 @@ from stream_generator.request import FinishReason, QueuePosition, TokenOutput
 from stream_generator.sampling_params import SamplingParams
 
 
-def test_one_slot_serves_requests_one_by_one_in_order_of_arrival(
-    engine: Engine,
-) -> None:
+def test_one_slot_serves_requests_one_by_one_in_order_of_arrival(engine: Engine) -> None:
     streams = [submit(engine) for _ in range(3)]
     seen = []
     while engine.step():
@@ -93,7 +91,7 @@ def test_iterating_a_finished_stream_again_yields_nothing(engine: Engine) -> Non
 
 
 def test_each_token_is_delivered_before_the_next_is_computed(start: Any) -> None:
-    """The model may compute a token only after the reader has seen the one before."""
+    """The model gets a permit for a token only after the reader has the token before it."""
     gate = Gate(says("abc"))
     stream = submit(start(gate))
     for n, expected in enumerate(["a", "b", "c"], start=1):
@@ -115,7 +113,7 @@ def test_closing_a_stream_stops_its_request_after_the_token_in_progress(start: A
     gate.allow(100)
     outputs = list(stream)
     assert outputs[-1].finish_reason is FinishReason.ABORT
-    assert gate.num_computed_tokens <= 2, "at most one more than the one in progress"
+    assert gate.num_computed_tokens <= 2, "the token in progress and at most one more"
 
 
 def test_every_running_request_gets_a_token_in_every_step() -> None:

@@ -1,4 +1,4 @@
-"""The step graph computes the model, and a reply's bits depend on its request alone."""
+"""The step graph computes its model, and a reply depends on nothing but its request."""
 
 import itertools
 import os
@@ -43,7 +43,7 @@ CONTEXT = 256
 
 
 def build(name: str) -> PreTrainedModel:
-    """A tiny random model with heads of a size that the graph takes, on the CPU."""
+    """A tiny random model on the CPU, with heads of a size that the graph supports."""
     sizes = {} if name.startswith("llama") else {"head_dim": 16}
     return models.build(name, hidden_size=64, **sizes).cpu()
 
@@ -62,13 +62,13 @@ class StateWeights:
 
 
 def saved(name: str, bits: int, directory: Path) -> tuple[SavedGraph, PreTrainedModel]:
-    """The graph of a tiny random model, and the model with the weights that it stands for."""
+    """The graph of a tiny random model, and a dense model with the weights of the graph."""
     model = build(name)
     model.tie_weights()
     weights = PackedOnTheWay(StateWeights(model), bits)
     build_graph(model.config, weights, directory)
     dense = AutoModelForCausalLM.from_config(model.config).eval()
-    if dense.config.tie_word_embeddings:  # the output matrix alone is packed
+    if dense.config.tie_word_embeddings:  # only the output matrix is packed
         dense.lm_head.weight = torch.nn.Parameter(dense.lm_head.weight.detach().clone())
     dense.load_state_dict({n: weights.dense(n) for n in dense.state_dict()})
     return SavedGraph.load(directory), dense
@@ -84,7 +84,7 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> SavedGraph:
 def test_the_graph_gives_the_logits_of_a_dense_model_with_its_weights(
     name: str, bits: int, tmp_path: Path
 ) -> None:
-    """In chunks and one at a time, past the windows where there are any."""
+    """The positions exceed the sliding window of a model that has one."""
     graph, model = saved(name, bits, tmp_path / "graph")
     runner = GraphRunner(graph, slots=3, context=64)
     ids = torch.randint(258, (40,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -93,7 +93,7 @@ def test_the_graph_gives_the_logits_of_a_dense_model_with_its_weights(
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0]
     difference = torch.cat(parts) - expected
-    # Eight bits of inputs; the tiny models' large weights let roundings grow from layer to layer.
+    # Inputs have eight bits, and large weights let rounding errors grow from layer to layer.
     assert float(difference.std() / expected.std()) < 0.15
     agree = torch.cat(parts).argmax(dim=1) == expected.argmax(dim=1)
     assert float(agree.float().mean()) > 0.8
@@ -194,8 +194,8 @@ def test_row_check_notices_bits_that_depend_on_the_number_of_rows(
     assert (graph.directory / CHECK).is_file()
 
 
-class AnyPace(Pace):
-    """Chunks of any size."""
+class RandomPace(Pace):
+    """A pace that gives prompts a random budget in each step."""
 
     def __init__(self, rng: random.Random):
         super().__init__()
@@ -219,8 +219,8 @@ def runner(checkpoint: Checkpoint) -> GraphRunner:
 
 
 @dataclass
-class Asked:
-    """A request of a test: when it comes, and after how many steps its reader leaves."""
+class TimedRequest:
+    """A request with the steps at which it arrives and at which its reader leaves."""
 
     prompt: list[int]
     params: SamplingParams
@@ -228,23 +228,23 @@ class Asked:
     leaves: int | None = None
 
 
-def replies(engine: Engine, asked: list[Asked]) -> list[list[Choice]]:
-    """What each request got, ids and log-probabilities; of one that was aborted, its beginning."""
+def replies(engine: Engine, requests: list[TimedRequest]) -> list[list[Choice]]:
+    """The ids and log-probabilities of each reply. An aborted reply is incomplete."""
     streams: dict[int, TokenStream] = {}
     for step in itertools.count():
-        for n, request in enumerate(asked):
+        for n, request in enumerate(requests):
             if request.arrives == step:
                 streams[n] = engine.submit(request.prompt, request.params)
             if request.leaves == step and n in streams:
                 engine.abort(streams[n].request)
-        if not engine.step() and step >= max(request.arrives for request in asked):
+        if not engine.step() and step >= max(request.arrives for request in requests):
             break
-    return [[o.choice for o in streams[n] if o.choice is not None] for n in range(len(asked))]
+    return [[o.choice for o in streams[n] if o.choice is not None] for n in range(len(requests))]
 
 
-def assert_alone_gives_the_same(engine: Callable[[], Engine], asked: list[Asked]) -> None:
-    together = replies(engine(), asked)
-    for request, ours in zip(asked, together, strict=True):
+def assert_same_replies_alone(engine: Callable[[], Engine], requests: list[TimedRequest]) -> None:
+    together = replies(engine(), requests)
+    for request, ours in zip(requests, together, strict=True):
         (alone,) = replies(engine(), [replace(request, arrives=0, leaves=None)])
         assert ours == (alone if request.leaves is None else alone[: len(ours)])
 
@@ -256,8 +256,8 @@ def assert_alone_gives_the_same(engine: Callable[[], Engine], asked: list[Asked]
 def test_a_request_gets_the_same_reply_alone_and_beside_any_others(
     seed: int, checkpoint: Checkpoint, runner: GraphRunner
 ) -> None:
-    """Whatever arrives, leaves and is found in the cache, and however prompts are cut."""
-    if not runner.reproducible:  # then it says so, and does not start with --reproducible
+    """Requests arrive, leave, find cached prefixes and are cut into chunks at random."""
+    if not runner.reproducible:  # then the engine does not start
         with pytest.raises(CheckpointError, match="--reproducible"):
             Engine(checkpoint, runner=runner, reproducible=True)
         return
@@ -266,23 +266,23 @@ def test_a_request_gets_the_same_reply_alone_and_beside_any_others(
 
     def engine() -> Engine:
         return Engine(
-            checkpoint, runner=runner, max_waiting=100, reproducible=True, pace=AnyPace(rng)
+            checkpoint, runner=runner, max_waiting=100, reproducible=True, pace=RandomPace(rng)
         )
 
-    asked = []
+    requests = []
     for _ in range(rng.randrange(2, 12)):
         own = [rng.randrange(258) for _ in range(rng.choice([1, 2, 3, 20, 90]))]
         params = SamplingParams(**random_params(rng), logprobs=rng.choice([None, 0, 3]))
         prompt = shared[: rng.choice([0, 0, 1, 25, 40])] + own
         leaves = rng.choice([None, None, rng.randrange(30)])
-        asked.append(Asked(prompt, params, rng.randrange(20), leaves))
-    assert_alone_gives_the_same(engine, asked)
+        requests.append(TimedRequest(prompt, params, rng.randrange(20), leaves))
+    assert_same_replies_alone(engine, requests)
 
 
 def test_a_single_request_runs_with_the_least_number_of_rows(
     graph: SavedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where one row is computed by another kernel than two."""
+    """On some processors ONNX Runtime computes one row with another kernel than two rows."""
     rows: list[int] = []
     run = GraphSession.run
 
@@ -301,25 +301,23 @@ def test_a_single_request_runs_with_the_least_number_of_rows(
 
 
 @pytest.mark.parametrize("n", range(8))
-def test_the_demo_model_gives_the_same_reply_alone_and_beside_others(
-    n: int, demo: Checkpoint
-) -> None:
-    """Eight scenarios: greedy and drawn, short and long, one after the other and all at once."""
+def test_the_demo_model_replies_the_same_alone_and_beside_others(n: int, demo: Checkpoint) -> None:
+    """Eight scenarios: greedy and sampled, with short and long prompts, at random times."""
     runner = _demo_runner(demo)
     if not runner.reproducible:
         return
     rng = random.Random(n)
 
     def engine() -> Engine:
-        return Engine(demo, runner=runner, max_waiting=100, reproducible=True, pace=AnyPace(rng))
+        return Engine(demo, runner=runner, max_waiting=100, reproducible=True, pace=RandomPace(rng))
 
-    asked = []
+    requests = []
     for topic in rng.sample(["rain", "bread", "bees", "iron", "music", "chess"], 3):
         question = f"{'Please be brief. ' * rng.choice([0, 1, 20])}What is {topic}?"
         prompt = demo.chat.encode([{"role": "user", "content": question}])
         params = SamplingParams(temperature=n % 2, seed=n, max_new_tokens=12, logprobs=2)
-        asked.append(Asked(prompt, params, rng.randrange(8)))
-    assert_alone_gives_the_same(engine, asked)
+        requests.append(TimedRequest(prompt, params, rng.randrange(8)))
+    assert_same_replies_alone(engine, requests)
 
 
 @cache
@@ -332,9 +330,9 @@ def _demo_runner(demo: Checkpoint) -> GraphRunner:
 def test_reproducible_replies_reuse_no_positions_that_a_reply_computed(
     checkpoint: Checkpoint, runner: GraphRunner
 ) -> None:
-    """The next turn computes the last reply again, as a prompt."""
+    """The next turn computes the last reply again, as part of its prompt."""
     prompt = list(range(40, 90))
-    found = []
+    cached = []
     for reproducible in (False, runner.reproducible):
         engine = Engine(checkpoint, runner=runner, reproducible=reproducible)
         params = SamplingParams(temperature=0, max_new_tokens=10)
@@ -344,10 +342,10 @@ def test_reproducible_replies_reuse_no_positions_that_a_reply_computed(
         second = engine.submit([*first.all_ids, 5, 6], params).request
         while engine.step():
             pass
-        found.append(second.num_cached_tokens)
-    assert found[0] == len(prompt) + len(first.output_ids) - 1
+        cached.append(second.num_cached_tokens)
+    assert cached[0] == len(prompt) + len(first.output_ids) - 1
     if runner.reproducible:
-        assert found[1] == len(prompt)
+        assert cached[1] == len(prompt)
 
 
 def test_reproducible_replies_need_a_graph() -> None:
@@ -370,7 +368,7 @@ def test_weights_are_packed_once_and_kept_in_the_cache(
     monkeypatch.setattr(graph_build, "build_graph", None)
     assert load_checkpoint(str(source), "int4").graph == made.graph
     assert load_checkpoint(str(source)).graph is None
-    assert made.model.config.model_type == name.partition(" ")[0], "the dense model, on demand"
+    assert made.model.config.model_type == name.partition(" ")[0], "the dense model loads on demand"
     assert made.model is made.model
 
 

@@ -22,10 +22,8 @@ from stream_generator.loaded_model import Checkpoint
 from stream_generator.sampling_params import SamplingParams
 
 
-def test_a_full_queue_rejects_a_request_until_a_place_is_free(
-    engine: Engine,
-) -> None:
-    streams = [submit(engine) for _ in range(4)]  # one slot, three places to wait
+def test_a_full_queue_rejects_a_request_until_a_place_is_free(engine: Engine) -> None:
+    streams = [submit(engine) for _ in range(4)]  # one slot, and a queue of three
     with pytest.raises(QueueFull, match="4 requests are waiting"):
         submit(engine)
     engine.step()
@@ -54,24 +52,24 @@ def test_submit_rejects_a_prompt_that_does_not_fit_the_context(engine: Engine) -
 
 def test_submits_from_many_threads_never_exceed_the_queue_and_lose_no_request() -> None:
     engine = engine_of(fake_checkpoint(says("a")), slots=4, max_waiting=6)
-    admitted: list[TokenStream] = []
-    refused: list[QueueFull] = []
+    accepted: list[TokenStream] = []
+    rejected: list[QueueFull] = []
 
     def submit_some() -> None:
         for _ in range(25):
             try:
-                admitted.append(submit(engine))
+                accepted.append(submit(engine))
             except QueueFull as error:
-                refused.append(error)
+                rejected.append(error)
 
     threads = [threading.Thread(target=submit_some) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         wait_for(thread)
-    assert (len(admitted), len(refused)) == (10, 190)
+    assert (len(accepted), len(rejected)) == (10, 190)
     finish(engine)
-    assert [stream.request.text for stream in admitted] == ["a"] * 10
+    assert [stream.request.text for stream in accepted] == ["a"] * 10
 
 
 def test_several_replies_compute_their_prompt_once_and_use_successive_seeds() -> None:
@@ -120,19 +118,19 @@ def test_more_replies_than_slots_and_queue_hold_are_an_invalid_request(engine: E
 def test_the_tokens_of_waiting_prompts_are_limited() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=1, max_waiting=100)
     long = [1] * 500
-    taken = []
+    accepted = []
     with pytest.raises(QueueFull, match="too long in all"):
         for _ in range(100):
-            taken.append(engine.submit(long, SamplingParams()))
-    assert sum(len(s.request.prompt_ids) for s in taken) <= engine.intake.waiting_tokens
-    assert len(taken) == engine.intake.waiting_tokens // 500
+            accepted.append(engine.submit(long, SamplingParams()))
+    assert sum(len(s.request.prompt_ids) for s in accepted) <= engine.intake.waiting_tokens
+    assert len(accepted) == engine.intake.waiting_tokens // 500
     finish(engine)
     engine.submit(long, SamplingParams())
 
 
 def test_racing_submits_exceed_neither_the_request_limit_nor_the_token_limit() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=4, max_waiting=300)
-    refused = []
+    rejected = []
 
     def submit_some() -> None:
         rng = random.Random(threading.get_ident())
@@ -140,12 +138,12 @@ def test_racing_submits_exceed_neither_the_request_limit_nor_the_token_limit() -
             try:
                 engine.submit([1] * rng.randrange(1, 100), SamplingParams())
             except QueueFull:
-                refused.append(1)
+                rejected.append(1)
             assert engine.waiting <= 304
             tokens = sum(len(request.prompt_ids) for request in engine.requests)
             assert tokens <= engine.intake.waiting_tokens
 
     with ThreadPoolExecutor(16) as pool:
         for racing in [pool.submit(submit_some) for _ in range(16)]:
-            racing.result()  # raises what was raised there
-    assert len(refused) + engine.waiting == 10_000
+            racing.result()  # raises the errors of the thread
+    assert len(rejected) + engine.waiting == 10_000

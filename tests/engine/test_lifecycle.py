@@ -38,10 +38,10 @@ def test_close_ends_every_stream_with_an_error(start: Any) -> None:
 
 
 def test_an_engine_whose_thread_dies_fails_every_request() -> None:
-    def interrupted(ids: list[int]) -> int:
+    def interrupt(ids: list[int]) -> int:
         raise KeyboardInterrupt
 
-    engine = engine_of(fake_checkpoint(interrupted), slots=1)
+    engine = engine_of(fake_checkpoint(interrupt), slots=1)
     thread = threading.Thread(target=engine.run)
     thread.start()
     with pytest.raises(GenerationFailed, match="must be restarted"):

@@ -1,4 +1,4 @@
-"""The scheduler's laws, with no model: nothing lost or served twice, order and budget kept."""
+"""The scheduler loses no request, serves none twice, and keeps order and budget."""
 
 from collections import Counter
 from typing import Any
@@ -26,8 +26,8 @@ def new_request(name: str, prompt: int) -> Request:
     return CHECKPOINT.new_request([1] * prompt, SamplingParams(), request_id=name)
 
 
-class Requests(RuleBasedStateMachine):
-    """Submissions, aborts, faults and steps, in any order, against a runner that only counts."""
+class SchedulerMachine(RuleBasedStateMachine):
+    """Submit, remove and step requests in any order. No model runs; the test counts tokens."""
 
     @initialize(slots=st.integers(1, 5))
     def begin(self, slots: int) -> None:
@@ -35,9 +35,9 @@ class Requests(RuleBasedStateMachine):
         self.free = slots
         self.submitted: list[Request] = []
         self.admitted: list[Request] = []
-        self.gone: set[str] = set()
+        self.removed: set[str] = set()
         self.num_computed_tokens: Counter[str] = Counter()
-        self.last_left_out = False  # whether the last step did nothing for the oldest prompt
+        self.skipped_oldest = False
 
     @rule(prompt=st.integers(1, 1500))
     def submit(self, prompt: int) -> None:
@@ -46,16 +46,16 @@ class Requests(RuleBasedStateMachine):
         self.scheduler.add(request)
 
     @rule(data=st.data())
-    def leave(self, data: Any) -> None:
-        """Someone finishes, fails or goes away: waiting, in a prompt, or decoding."""
-        present = [s for s in self.submitted if s.id not in self.gone]
+    def remove(self, data: Any) -> None:
+        """A waiting or running request finishes, fails or is aborted."""
+        present = [s for s in self.submitted if s.id not in self.removed]
         if present:
             request = data.draw(st.sampled_from(present))
             self.free += request in self.scheduler.running
             self.scheduler.remove(request)
-            self.gone.add(request.id)
+            self.removed.add(request.id)
 
-    def place(self, request: Request) -> bool:
+    def assign(self, request: Request) -> bool:
         if self.free:
             self.free -= 1
             request.start(slot=0, cached=0)
@@ -64,21 +64,21 @@ class Requests(RuleBasedStateMachine):
 
     @rule(decode_ms=st.integers(1, 200), prompt_token_us=st.integers(10, 10_000))
     def step(self, decode_ms: int, prompt_token_us: int) -> None:
-        self.admitted += self.scheduler.admit(self.place)
+        self.admitted += self.scheduler.admit(self.assign)
         plan = self.scheduler.plan()
         prompts = [chunk.request for chunk in plan.prefill]
-        everyone = [*plan.decode, *prompts]
-        assert len({s.id for s in everyone}) == len(everyone), "served twice in a step"
+        planned = [*plan.decode, *prompts]
+        assert len({s.id for s in planned}) == len(planned), "a step serves a request once"
         assert all(not s.num_uncomputed_tokens for s in plan.decode)
         decoding = [s for s in self.scheduler.running if not s.num_uncomputed_tokens]
-        assert plan.decode == decoding, "whoever has a prompt computed decodes in every step"
+        assert plan.decode == decoding, "every computed prompt decodes in every step"
         unfinished = [s for s in self.scheduler.running if s.num_uncomputed_tokens]
-        assert bool(prompts) == bool(unfinished), "a prompt goes on in every step"
+        assert bool(prompts) == bool(unfinished), "some prompt advances in every step"
         if prompts:
             oldest, nearest = unfinished[0], min(unfinished, key=lambda s: s.num_uncomputed_tokens)
             assert prompts[0] in (oldest, nearest)
-            assert prompts[0] is oldest or not self.last_left_out, "the oldest in every other step"
-            self.last_left_out = oldest not in prompts
+            assert prompts[0] is oldest or not self.skipped_oldest, "oldest in every second step"
+            self.skipped_oldest = oldest not in prompts
             assert sum(chunk.length for chunk in plan.prefill) <= LARGEST_CHUNK
         for chunk in plan.prefill:
             left = chunk.request.num_uncomputed_tokens
@@ -92,25 +92,25 @@ class Requests(RuleBasedStateMachine):
             self.num_computed_tokens[request.id] += 1
 
     @invariant()
-    def nothing_is_lost(self) -> None:
+    def no_request_is_lost(self) -> None:
         present = {s.id for s in [*self.scheduler.waiting, *self.scheduler.running]}
-        assert present == {s.id for s in self.submitted} - self.gone
+        assert present == {s.id for s in self.submitted} - self.removed
         assert len(present) == len(self.scheduler.waiting) + len(self.scheduler.running)
 
     @invariant()
-    def the_order_is_kept(self) -> None:
+    def requests_are_admitted_in_order(self) -> None:
         assert [int(s.id) for s in self.admitted] == sorted(int(s.id) for s in self.admitted)
         assert list(self.scheduler.waiting) == [
-            s for s in self.submitted if s.id not in self.gone and s not in self.admitted
+            s for s in self.submitted if s.id not in self.removed and s not in self.admitted
         ]
 
 
-TestRequests = Requests.TestCase
-TestRequests.settings = settings(deadline=None, max_examples=150, stateful_step_count=60)
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(deadline=None, max_examples=150, stateful_step_count=60)
 
 
 def slow_scheduler() -> Scheduler:
-    """One whose steps hold the smallest chunk beside those who decode."""
+    """A scheduler that plans the smallest chunk beside requests in decode."""
     scheduler = Scheduler()
     scheduler.pace.record_prefill(1.0, tokens=1)
     scheduler.pace.record_decode(0.01)
@@ -118,13 +118,13 @@ def slow_scheduler() -> Scheduler:
 
 
 def run_steps(scheduler: Scheduler, until: Request) -> int:
-    """How many steps it takes until a prompt is computed."""
+    """Count the steps until a prompt is computed."""
     for count in range(1, 1000):
         for chunk in scheduler.plan().prefill:
             chunk.request.num_computed_tokens += chunk.length
         if not until.num_uncomputed_tokens:
             return count
-    raise AssertionError("it is never computed")
+    raise AssertionError("the prompt is never computed")
 
 
 def started(scheduler: Scheduler, name: str, prompt: int, computed: int = 0) -> Request:

@@ -1,4 +1,4 @@
-"""The speed that the service tells is measured, and measuring leaves nothing behind."""
+"""Warm-up measures the speed of one stream and leaves nothing behind."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_warm_up_measures_a_model_that_runs_one_request_at_a_time() -> None:
     assert "".join(output.delta for output in stream) == "abc"
 
 
-def test_an_error_in_warm_up_is_logged_and_gives_no_speed(caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_up_logs_an_error_and_gives_no_speed(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(FakeModel):
         def next_of(self, ids: list[int]) -> int:
             if len(ids) > 17:
@@ -55,9 +55,7 @@ def test_an_error_in_warm_up_is_logged_and_gives_no_speed(caplog: pytest.LogCapt
     assert "the speed could not be measured: out of order" in caplog.text
 
 
-def test_nan_logits_in_warm_up_are_logged_and_give_no_speed(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+def test_warm_up_logs_nan_logits_and_gives_no_speed(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llama(vocab_size=258)
     checkpoint = Checkpoint.of(model, byte_tokenizer())
     runner = runner_of(checkpoint)

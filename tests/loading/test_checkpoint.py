@@ -1,4 +1,4 @@
-"""What --ckpts takes, what it refuses, and the facts read off a model."""
+"""Sources that --ckpts accepts and rejects, and the facts that are read from a model."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,11 @@ from stream_generator.sampling_params import SamplingParams
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama as people have it on disk."""
+    """A tiny Llama in a directory, as transformers saves it."""
     directory = tmp_path_factory.mktemp("models") / "tiny-llama"
     model = tiny_llama(vocab_size=258, eos_token_id=[END, 99])
     model.generation_config.update(temperature=0.7, top_p=0.8, top_k=-5, do_sample=True)
-    # The odd value is written behind transformers' back, as it is in some real checkpoints.
+    # Some real checkpoints have such a top_k, but transformers would not save it.
     model.generation_config.top_k = None
     model.save_pretrained(directory)
     config = json.loads((directory / "generation_config.json").read_text())
@@ -35,16 +35,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_device_map_may_place_layers_on_the_disk(saved: Path) -> None:
-    """To the disk, which every machine has: the same hooks carry a part there and back."""
+    """Every machine has a disk, and other devices use the same hooks."""
     parts = ["embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb"]
     devices: dict[str, str | int] = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"}
     devices["model.layers.1"] = "disk"
-    spread = load_checkpoint(str(saved), dtype="float32", device_map=devices)
-    assert spread.model.hf_device_map["model.layers.1"] == "disk"
+    distributed = load_checkpoint(str(saved), dtype="float32", device_map=devices)
+    assert distributed.model.hf_device_map["model.layers.1"] == "disk"
     whole = load_checkpoint(str(saved), "none", dtype="float32")
     params = SamplingParams(temperature=0, max_new_tokens=12)
     ids = []
-    for checkpoint in (spread, whole):
+    for checkpoint in (distributed, whole):
         engine = Engine(checkpoint, runner=runner_for(checkpoint.model, 64))
         stream = engine.submit([1, 2, 3], params)
         while engine.step():
@@ -55,8 +55,8 @@ def test_a_device_map_may_place_layers_on_the_disk(saved: Path) -> None:
 
 
 def test_a_device_map_does_not_change_the_dtype(saved: Path) -> None:
-    told = load_checkpoint(str(saved), device_map={"": "cpu"})
-    assert told.model.dtype is load_checkpoint(str(saved)).model.dtype
+    placed = load_checkpoint(str(saved), device_map={"": "cpu"})
+    assert placed.model.dtype is load_checkpoint(str(saved)).model.dtype
 
 
 def test_an_unknown_device_is_a_clear_error(saved: Path) -> None:
@@ -73,7 +73,7 @@ def test_an_end_id_outside_the_vocabulary_is_described_by_its_number() -> None:
 def test_the_memory_check_counts_only_loaded_weights_in_the_loaded_dtype(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not those for another program beside them, and twice where they become twice as large."""
+    """Files of another program do not count. Weights that become twice as large count twice."""
     directory = copy_without(saved, tmp_path / "model")
     weights = (directory / "model.safetensors").stat().st_size
     (directory / "consolidated.safetensors").write_bytes(b"x" * weights)
@@ -184,9 +184,7 @@ def test_code_in_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_missing_weights_are_rejected_and_not_initialised_at_random(
-    saved: Path, tmp_path: Path
-) -> None:
+def test_missing_weights_are_rejected(saved: Path, tmp_path: Path) -> None:
     directory = copy_without(saved, tmp_path / "model")
     weights = load_file(directory / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]

@@ -1,4 +1,4 @@
-"""The model that the service brings itself: whole or not at all."""
+"""The demo model: its download, its conversion and its tokenizer."""
 
 import hashlib
 from pathlib import Path
@@ -35,7 +35,7 @@ def test_the_demo_model_loads_and_replies(demo: Checkpoint) -> None:
 
 
 def test_the_demo_tokenizer_splits_digits_before_spaces(demo: Checkpoint) -> None:
-    """As the model was trained, and as llama.cpp does it for tokenizer.ggml.pre = "smollm"."""
+    """The model was trained so, and llama.cpp does so for tokenizer.ggml.pre = "smollm"."""
     tokens = demo.tokenizer.tokenize("a  12")
     assert tokens == ["a", "ĠĠ", "1", "2"]
 
@@ -46,16 +46,14 @@ def test_a_file_comes_from_pypi_and_then_from_the_cache(
     monkeypatch.setattr("stream_generator.loading.pypi_file.find_spec", lambda package: None)
     path = fetch(SMALL, tmp_path)
     assert path == tmp_path / "colorama-0.4.6" / "ansi.py"
-    assert [p.name for p in path.parent.iterdir()] == ["ansi.py"], "the download is cleared away"
+    assert [p.name for p in path.parent.iterdir()] == ["ansi.py"], "the wheel is removed"
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert fetch(SMALL, tmp_path) == path
 
 
 def test_a_file_of_an_installed_package_is_used_if_its_hash_matches(tmp_path: Path) -> None:
-
     path = Path(idna.__file__).parent / "core.py"
-
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert fetch(PypiFile("idna", "0", "idna/core.py", digest), tmp_path) == path
 
@@ -79,42 +77,38 @@ def test_without_a_network_the_error_gives_the_remedy(
     assert left == []
 
 
-def test_an_interrupted_cache_entry_is_removed_and_made_again(
-    tmp_path: Path,
-) -> None:
-    """The first try is killed in the middle, the second raises, the third works."""
+def test_an_interrupted_cache_entry_is_removed_and_made_again(tmp_path: Path) -> None:
+    """The first attempt is killed, the second raises, the third succeeds."""
     source = tmp_path / "model.gguf"
-    source.write_bytes(b"stands for the GGUF")
+    source.write_bytes(b"a GGUF")
     kept = SourceCache(source, [source], tmp_path / "cache")
 
-    def works(directory: Path) -> None:
+    def succeed(directory: Path) -> None:
         directory.mkdir()
         byte_tokenizer().save_pretrained(directory)
 
-    first = kept.made("facts", 1, works)
+    first = kept.made("facts", 1, succeed)
     place = first.parent
     killed = place / f"making-{first.name}-left-by-a-kill" / "made"
     first.rename(tmp_path / "away")
     killed.mkdir(parents=True)
     (killed / "half").touch()
 
-    def fails(directory: Path) -> None:
-        assert not killed.exists(), "what a kill left behind is cleared away"
+    def fail(directory: Path) -> None:
+        assert not killed.exists(), "the files of the killed attempt are removed"
         directory.mkdir()
         (directory / "half").touch()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        kept.made("facts", 1, fails)
+        kept.made("facts", 1, fail)
     assert [p.name for p in place.iterdir() if p.suffix != ".lock"] == []
-    directory = kept.made("facts", 1, works)
+    directory = kept.made("facts", 1, succeed)
     assert (directory / "tokenizer.json").is_file()
-    assert kept.made("facts", 1, fails) == directory, "the result is kept"
+    assert kept.made("facts", 1, fail) == directory, "the result is kept"
 
 
-def test_the_dense_demo_model_loads_from_its_directory(
-    demo: Checkpoint,
-) -> None:
+def test_the_dense_demo_model_loads_from_its_directory(demo: Checkpoint) -> None:
     again = load_checkpoint(str(locate(None).dense_directory()))
     assert again.graph is None
     for (name, ours), theirs in zip(

@@ -1,4 +1,4 @@
-"""Packed weights of a GGUF are those of its blocks, to the bit."""
+"""The packed weights of a GGUF equal those of its blocks exactly."""
 
 from pathlib import Path
 
@@ -60,9 +60,9 @@ def test_float16_weights_of_a_gguf_are_not_packed(tmp_path: Path) -> None:
 
 def test_query_and_key_rows_of_a_llama_gguf_are_put_back_in_order(tmp_path: Path) -> None:
     data = numpy.arange(HEADS * SIZE, dtype=numpy.float32)[:, None].repeat(64, axis=1)
-    # As llama.cpp's converter lays them out: the halves of a head in turns.
-    mixed = data.reshape(HEADS, 2, SIZE // 2, 64).swapaxes(1, 2).reshape(data.shape)
-    tensors = {"blk.0.attn_q.weight": mixed, "blk.0.attn_v.weight": data}
+    # llama.cpp's converter interleaves the two halves of each head.
+    interleaved = data.reshape(HEADS, 2, SIZE // 2, 64).swapaxes(1, 2).reshape(data.shape)
+    tensors = {"blk.0.attn_q.weight": interleaved, "blk.0.attn_v.weight": data}
     weights = GgufWeights(write(tmp_path / "model.gguf", "llama", tensors, Kind.Q8_0))
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"):
         packed = weights.packed(name)

@@ -1,4 +1,4 @@
-"""One model, written in every way that people have it, is one model."""
+"""Every layout of a checkpoint gives the same model, and damaged ones are rejected."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.gguf_files import neighbours, write_gguf
+from support.gguf_files import interleave_rotary_pairs, write_gguf
 from support.llama3 import (
     BEGIN,
     END,
@@ -65,14 +65,14 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(family: str) -> PreTrainedModel:
-    """A Llama 3 in miniature, with numbers that bfloat16 can hold."""
+    """A small Llama 3 whose weights bfloat16 represents exactly."""
     made = tiny_llama(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS, bos_token_id=BEGIN,
         eos_token_id=[END, END_OF_MESSAGE, END_OF_TURN], pad_token_id=None, rms_norm_eps=1e-5,
         **FAMILIES[family],
     )  # fmt: skip
-    for parameter in made.parameters():  # and not the rotary frequencies
+    for parameter in made.parameters():  # not the rotary frequencies, which are buffers
         parameter.data = parameter.data.bfloat16().float()
     return made
 
@@ -118,8 +118,8 @@ def write_meta(model: PreTrainedModel, path: Path, shards: int) -> Path:
         ):  # fmt: skip
             whole[theirs + name] = (state[f"{ours}{source}.weight"], along)
         queries, keys = (state[f"{ours}self_attn.{k}_proj.weight"] for k in "qk")
-        whole[theirs + "attention.wq"] = (neighbours(queries, HEADS), 0)
-        whole[theirs + "attention.wk"] = (neighbours(keys, KEY_HEADS), 0)
+        whole[theirs + "attention.wq"] = (interleave_rotary_pairs(queries, HEADS), 0)
+        whole[theirs + "attention.wk"] = (interleave_rotary_pairs(keys, KEY_HEADS), 0)
     for number in range(shards):
         part = {
             f"{name}.weight": (w if along is None else w.chunk(shards, along)[number]).clone()
@@ -157,7 +157,7 @@ def test_every_layout_gives_the_same_model(
     layout: str, family: str, model: PreTrainedModel, tokenizer: Any, folder: Path
 ) -> None:
     loaded = load_checkpoint(write(layout, model, tokenizer, folder), "none", dtype="float32")
-    prompt = tokenizer.encode("The rainbow 彩虹 " * 40)  # long enough for rotations to differ
+    prompt = tokenizer.encode("The rainbow 彩虹 " * 40)  # long enough to show wrong rotations
     assert loaded.tokenizer.encode("The rainbow 彩虹 " * 40) == prompt
     assert prompt.count(BEGIN) == 1
     assert greedy(loaded.model, prompt) == greedy(model, prompt)
@@ -167,10 +167,10 @@ def test_every_layout_gives_the_same_model(
         "default" if family == "llama-3" else "llama3"
     )
     assert bool(loaded.model.config.tie_word_embeddings) == (family == "llama-3.2")
-    told = loaded.describe()
-    assert "LlamaForCausalLM" in told
-    assert "float32 on cpu" in told
-    assert "<|eot_id|>" in told
+    description = loaded.describe()
+    assert "LlamaForCausalLM" in description
+    assert "float32 on cpu" in description
+    assert "<|eot_id|>" in description
 
 
 def test_transformers_loads_the_same_model_from_a_converted_meta_checkpoint(
@@ -254,9 +254,7 @@ def test_code_in_a_meta_checkpoint_is_not_run(
     assert not (tmp_path / "exploited").exists()
 
 
-def test_a_directory_with_one_gguf_means_that_file_and_with_several_is_rejected(
-    tmp_path: Path,
-) -> None:
+def test_a_directory_of_ggufs_is_accepted_only_if_it_holds_one(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"name one of them: a\.gguf, b\.gguf"):
@@ -301,9 +299,7 @@ def checkpoint_with(tmp_path: Path, name: str, content: object) -> str:
     return str(path)
 
 
-def test_a_link_out_of_a_checkpoint_is_rejected_except_the_links_of_the_hubs_cache(
-    tmp_path: Path,
-) -> None:
+def test_links_out_of_a_checkpoint_are_rejected_outside_the_hub_cache(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("{}")
     path = Path(checkpoint_with(tmp_path, "config.json", {}))
@@ -320,7 +316,7 @@ def test_a_link_out_of_a_checkpoint_is_rejected_except_the_links_of_the_hubs_cac
     refuse_unsafe(snapshot)
 
 
-# A model of 328,000 bytes in bfloat16, of 191,000 in eight bits and of 136,000 in four.
+# The model takes 328,000 bytes in bfloat16, 191,000 in eight bits and 136,000 in four.
 PACKABLE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
 OTHER_HEADS = {"num_attention_heads": 8}
 DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}

@@ -1,4 +1,4 @@
-"""Our prompt ids are those of Meta's own code, over thousands of conversations."""
+"""Prompt ids equal those of Meta's own code in thousands of random conversations."""
 
 import random
 import sys
@@ -34,7 +34,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """Meta's `ChatFormat`, out of the package that also has the tokenizer's file."""
+    """Meta's prompt encoder and tokenizer, from the package that has the tokenizer's file."""
 
     def unpack(directory: Path) -> None:
         directory.mkdir()

@@ -46,7 +46,7 @@ def alone(reference: Checkpoint, request: Request) -> tuple[list[int], FinishRea
 
 
 def assert_same(reference: Checkpoint, request: Request, where: str = "") -> bool:
-    """Assert equal ids, or a difference that the rule above allows; return whether equal."""
+    """Check that ids are equal or differ as allowed above; return whether they are equal."""
     ids, reason = alone(reference, request)
     if ids == request.output_ids:
         assert reason is request.finish_reason, where

@@ -35,7 +35,7 @@ def test_the_demo_model_loads_and_replies(demo: Checkpoint) -> None:
 
 
 def test_the_demo_tokenizer_splits_digits_before_spaces(demo: Checkpoint) -> None:
-    """The model was trained so, and llama.cpp does so for tokenizer.ggml.pre = "smollm"."""
+    """SmolLM was trained this way, and llama.cpp does so for tokenizer.ggml.pre = "smollm"."""
     tokens = demo.tokenizer.tokenize("a  12")
     assert tokens == ["a", "ĠĠ", "1", "2"]
 

@@ -108,7 +108,7 @@ def reply_of(ids: list[int]) -> int:
 
 
 def is_complete_prompt(ids: list[int]) -> bool:
-    """Whether the ids hold a complete prompt, and are no chunk and no test of a runner."""
+    """Whether the ids hold a complete prompt, rather than a chunk or a runner's test."""
     return bytes(i for i in ids if i < 256).rpartition(b"assistant:")[1] != b""
 
 

@@ -20,7 +20,7 @@ def run(stop_list: list[str], deltas: list[str]) -> tuple[str, bool]:
 
 
 def expected(stop_list: list[str], text: str) -> tuple[str, bool]:
-    """The text before the stop string that is complete first; of several, before the longest."""
+    """Cut before the stop string that ends first; of several, before the longest one."""
     for end in range(1, len(text) + 1):
         ending = [s for s in stop_list if text[:end].endswith(s)]
         if ending:

@@ -118,12 +118,12 @@ def test_more_replies_than_slots_and_queue_hold_are_an_invalid_request(engine: E
 def test_the_tokens_of_waiting_prompts_are_limited() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=1, max_waiting=100)
     long = [1] * 500
-    accepted = []
+    taken = []
     with pytest.raises(QueueFull, match="too long in all"):
         for _ in range(100):
-            accepted.append(engine.submit(long, SamplingParams()))
-    assert sum(len(s.request.prompt_ids) for s in accepted) <= engine.intake.waiting_tokens
-    assert len(accepted) == engine.intake.waiting_tokens // 500
+            taken.append(engine.submit(long, SamplingParams()))
+    assert sum(len(s.request.prompt_ids) for s in taken) <= engine.intake.waiting_tokens
+    assert len(taken) == engine.intake.waiting_tokens // 500
     finish(engine)
     engine.submit(long, SamplingParams())
 

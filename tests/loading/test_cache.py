@@ -37,9 +37,9 @@ def test_a_new_version_or_a_changed_source_replaces_a_cache_entry(source: Path) 
 def test_the_cache_option_lists_entries_and_deletes_them_by_name(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = SourceCache(source, [source])
-    name = cache.made("facts", 1, make).parent.name
-    cache.made("graph", 1, make)
+    kept = SourceCache(source, [source])
+    name = kept.made("facts", 1, make).parent.name
+    kept.made("graph", 1, make)
     assert llama3_service.main(["--cache"]) == 0
     assert f"4 MB  {name}  facts graph" in capsys.readouterr().out
     assert llama3_service.main(["--cache", name, "nothing"]) == 1

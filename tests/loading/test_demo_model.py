@@ -83,29 +83,29 @@ def test_an_interrupted_cache_entry_is_removed_and_made_again(tmp_path: Path) ->
     source.write_bytes(b"a GGUF")
     kept = SourceCache(source, [source], tmp_path / "cache")
 
-    def succeed(directory: Path) -> None:
+    def works(directory: Path) -> None:
         directory.mkdir()
         byte_tokenizer().save_pretrained(directory)
 
-    first = kept.made("facts", 1, succeed)
+    first = kept.made("facts", 1, works)
     place = first.parent
     killed = place / f"making-{first.name}-left-by-a-kill" / "made"
     first.rename(tmp_path / "away")
     killed.mkdir(parents=True)
     (killed / "half").touch()
 
-    def fail(directory: Path) -> None:
+    def fails(directory: Path) -> None:
         assert not killed.exists(), "the files of the killed attempt are removed"
         directory.mkdir()
         (directory / "half").touch()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        kept.made("facts", 1, fail)
+        kept.made("facts", 1, fails)
     assert [p.name for p in place.iterdir() if p.suffix != ".lock"] == []
-    directory = kept.made("facts", 1, succeed)
+    directory = kept.made("facts", 1, works)
     assert (directory / "tokenizer.json").is_file()
-    assert kept.made("facts", 1, fail) == directory, "the result is kept"
+    assert kept.made("facts", 1, fails) == directory, "the result is kept"
 
 
 def test_the_dense_demo_model_loads_from_its_directory(demo: Checkpoint) -> None:

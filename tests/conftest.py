@@ -7,7 +7,7 @@ import pytest
 
 from stream_generator.threads import settle_threads
 
-settle_threads()  # as the command does: beside a service that computes, busy waiting costs both
+settle_threads()  # as the command does: busy waiting slows down the tests and their services
 
 from support.llama3 import build_llama3_tokenizer
 from support.service import ServiceFactory, running_service
@@ -17,7 +17,7 @@ from stream_generator.loaded_model import Checkpoint
 from stream_generator.loading.load import load_checkpoint
 from stream_service.loopback import bypass_proxies
 
-bypass_proxies()  # the tests' own requests, and those of the programs that they start
+bypass_proxies()  # for requests of the tests and of the programs that they start
 
 
 @pytest.fixture(scope="session")
@@ -28,13 +28,13 @@ def demo() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def llama3_tokenizer() -> PreTrainedTokenizerFast:
-    """Llama 3's real vocabulary, out of Meta's own tokenizer file."""
+    """Llama 3's real vocabulary, from Meta's own tokenizer file."""
     return build_llama3_tokenizer()
 
 
 @pytest.fixture
 def proxy_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An environment as in many companies, but that nothing listens where the proxy should be."""
+    """An environment that names a proxy, but nothing listens at its address."""
     for name in ("HTTP_PROXY", "ALL_PROXY"):
         for spelling in (name, name.lower()):
             monkeypatch.setenv(spelling, "http://127.0.0.1:9")

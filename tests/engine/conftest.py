@@ -1,4 +1,4 @@
-"""Engines that the test steps itself, and engines on threads of their own."""
+"""Engines that a test steps itself, and engines on their own threads."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +12,7 @@ from stream_generator.engine.engine import Engine
 
 @pytest.fixture
 def engine() -> Engine:
-    """One that the test steps itself, and that serves one request at a time."""
+    """An engine with one slot, which the test steps itself."""
     return engine_of(fake_checkpoint(says("abc")), slots=1, max_waiting=3)
 
 

@@ -1,4 +1,4 @@
-"""Which request is served when, and what its neighbours notice."""
+"""The order in which requests are served, and the effect of one request on the others."""
 
 import contextlib
 import random
@@ -27,9 +27,7 @@ from stream_generator.request import FinishReason, QueuePosition, TokenOutput
 from stream_generator.sampling_params import SamplingParams
 
 
-def test_one_slot_serves_whole_requests_in_the_order_of_their_arrival(
-    engine: Engine,
-) -> None:
+def test_one_slot_serves_requests_one_by_one_in_order_of_arrival(engine: Engine) -> None:
     streams = [submit(engine) for _ in range(3)]
     seen = []
     while engine.step():
@@ -48,7 +46,7 @@ def test_a_step_computes_one_token_and_delivers_it_at_once(engine: Engine) -> No
         assert [o.delta for o in drain(stream)] == [expected]
 
 
-def test_a_waiting_request_gets_its_place_in_the_queue(engine: Engine) -> None:
+def test_a_waiting_request_is_told_its_position_in_the_queue(engine: Engine) -> None:
     first, second, third = (submit(engine) for _ in range(3))
     assert drain(first) == []
     assert drain(second) == [QueuePosition(1)]
@@ -59,7 +57,7 @@ def test_a_waiting_request_gets_its_place_in_the_queue(engine: Engine) -> None:
     assert QueuePosition(1) in drain(third)
 
 
-def test_a_waiting_request_whose_reader_leaves_ends_before_the_next_token(engine: Engine) -> None:
+def test_a_waiting_request_whose_reader_leaves_is_aborted_by_the_next_step(engine: Engine) -> None:
     first, second, third = (submit(engine) for _ in range(3))
     engine.step()
     second.close()
@@ -71,7 +69,7 @@ def test_a_waiting_request_whose_reader_leaves_ends_before_the_next_token(engine
     assert second.request.output_ids == []
 
 
-def test_a_running_request_whose_reader_leaves_gives_its_slot_to_the_next(engine: Engine) -> None:
+def test_a_running_request_whose_reader_leaves_releases_its_slot(engine: Engine) -> None:
     first, second = submit(engine), submit(engine)
     engine.step()
     first.close()
@@ -85,15 +83,15 @@ def test_a_running_request_whose_reader_leaves_gives_its_slot_to_the_next(engine
     assert first.request.finish_reason is FinishReason.ABORT
 
 
-def test_a_stream_that_has_ended_ends_again_when_it_is_iterated_again(engine: Engine) -> None:
+def test_iterating_a_finished_stream_again_yields_nothing(engine: Engine) -> None:
     stream = submit(engine)
     finish(engine)
     assert text(stream) == "abc"
     assert text(stream) == ""
 
 
-def test_the_first_token_leaves_before_the_second_is_computed(start: Any) -> None:
-    """The model may compute a token only after the reader has seen the one before."""
+def test_each_token_is_delivered_before_the_next_is_computed(start: Any) -> None:
+    """The model gets a permit for a token only after the reader has the token before it."""
     gate = Gate(says("abc"))
     stream = submit(start(gate))
     for n, expected in enumerate(["a", "b", "c"], start=1):
@@ -105,7 +103,7 @@ def test_the_first_token_leaves_before_the_second_is_computed(start: Any) -> Non
     assert text(stream) == ""
 
 
-def test_closing_a_stream_stops_the_computing_after_the_token_in_progress(start: Any) -> None:
+def test_closing_a_stream_stops_its_request_after_the_token_in_progress(start: Any) -> None:
     gate = Gate(says("a" * 100))
     engine = start(gate)
     stream = submit(engine)
@@ -115,10 +113,10 @@ def test_closing_a_stream_stops_the_computing_after_the_token_in_progress(start:
     gate.allow(100)
     outputs = list(stream)
     assert outputs[-1].finish_reason is FinishReason.ABORT
-    assert gate.num_computed_tokens <= 2, "at most one more than the one in progress"
+    assert gate.num_computed_tokens <= 2, "the token in progress and at most one more"
 
 
-def test_requests_side_by_side_get_a_token_each_in_every_step() -> None:
+def test_every_running_request_gets_a_token_in_every_step() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=3)
     streams = [submit(engine) for _ in range(3)]
     for expected in ("a", "ab", "abc"):
@@ -126,7 +124,7 @@ def test_requests_side_by_side_get_a_token_each_in_every_step() -> None:
         assert [s.request.text for s in streams] == [expected] * 3
 
 
-def test_each_first_token_leaves_before_the_next_prompt_of_the_step_is_computed() -> None:
+def test_each_first_token_is_delivered_before_the_step_computes_the_next_prompt() -> None:
     seen: list[list[int]] = []
     streams: list[TokenStream] = []
 
@@ -173,7 +171,7 @@ def test_a_long_prompt_is_computed_in_chunks_beside_running_replies() -> None:
 
 
 @pytest.mark.parametrize("when", ["in the prompt", "decoding"])
-def test_an_aborted_request_has_released_its_slot_after_one_step(when: str) -> None:
+def test_an_aborted_request_releases_its_slot_in_the_next_step(when: str) -> None:
     engine = engine_of(fake_checkpoint(says("x" * 50), context_length=2000), slots=1)
     stream = engine.submit([1] * 900 + PROMPT, SamplingParams())
     engine.step()
@@ -186,7 +184,7 @@ def test_an_aborted_request_has_released_its_slot_after_one_step(when: str) -> N
     assert free_slots(engine) == 1
 
 
-def test_a_thousand_requests_that_come_and_go_at_random_leave_nothing_behind() -> None:
+def test_a_thousand_requests_aborted_at_random_leave_nothing_behind() -> None:
     rng = random.Random(0)
     engine = engine_of(fake_checkpoint(says("abcdef")), slots=4, max_waiting=20)
     threads = threading.active_count()
@@ -215,7 +213,7 @@ def test_a_thousand_requests_that_come_and_go_at_random_leave_nothing_behind() -
             assert "abcdef".startswith(stream.request.text)
 
 
-def test_requests_that_come_together_with_one_prompt_compute_it_once() -> None:
+def test_requests_that_arrive_together_compute_their_shared_prompt_once() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=3)
     prompt = [50] * 40 + PROMPT
     streams = [engine.submit(prompt, SamplingParams()) for _ in range(3)]
@@ -224,7 +222,7 @@ def test_requests_that_come_together_with_one_prompt_compute_it_once() -> None:
     assert [text(s) for s in streams] == ["abc"] * 3
 
 
-def test_slots_follow_from_what_is_asked_for() -> None:
+def test_max_concurrent_and_max_context_set_the_slots() -> None:
     model = tiny_llama(vocab_size=258)
     runner = runner_for(model, 256, max_concurrent=5, max_context=100)
     assert (runner.slots, runner.context_length) == (5, 100)
@@ -238,12 +236,12 @@ def test_slots_follow_from_what_is_asked_for() -> None:
     assert len(stream.request.output_ids) == 5
 
 
-def test_slots_that_exceed_the_memory_are_refused_with_the_numbers() -> None:
+def test_slots_that_exceed_the_memory_are_rejected() -> None:
     with pytest.raises(CheckpointError, match=r"GB for keys and values, but .* are free; lower"):
         runner_for(tiny_llama(max_position_embeddings=10**7), 10**7, max_concurrent=10**6)
 
 
-def test_a_model_that_runs_alone_refuses_log_probabilities_by_name() -> None:
+def test_the_solo_runner_and_stream_generate_reject_log_probabilities() -> None:
     fake = fake_checkpoint(says("abc"))
     engine = Engine(fake, runner=SoloRunner(fake.model, 512))
     with pytest.raises(InvalidRequest, match="without log-probabilities"):
@@ -255,7 +253,7 @@ def test_a_model_that_runs_alone_refuses_log_probabilities_by_name() -> None:
         stream_generate(fake.model, fake.tokenizer, PROMPT, logprobs=1)
 
 
-def test_a_request_that_leaves_the_queue_of_a_model_that_runs_alone_disturbs_no_other() -> None:
+def test_aborting_a_request_that_waits_for_the_solo_runner_disturbs_no_other() -> None:
     fake = fake_checkpoint(says("abc"))
     engine = Engine(fake, runner=SoloRunner(fake.model, 512))
     first, second = submit(engine), submit(engine)

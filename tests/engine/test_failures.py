@@ -1,4 +1,4 @@
-"""A failing request fails alone, and a failing engine reports the failure to every reader."""
+"""A failing request fails alone; a failing engine reports its failure to every reader."""
 
 import copy
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from stream_generator.sampling_params import SamplingParams
 
 @pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("step", range(4))
-def test_a_request_that_fails_fails_alone_and_says_so(step: int, slots: int) -> None:
+def test_a_request_that_fails_fails_alone(step: int, slots: int) -> None:
     def next_id(ids: list[int]) -> int:
         if ids[:1] == [7] and len(ids) == 1 + len(PROMPT) + step:
             raise RuntimeError("secret path /home")
@@ -38,7 +38,7 @@ def test_a_request_that_fails_fails_alone_and_says_so(step: int, slots: int) -> 
     with pytest.raises(GenerationFailed, match="RuntimeError") as error:
         for output in bad:
             received.append(output.delta)
-    assert "secret" not in str(error.value), "details belong into the log"
+    assert "secret" not in str(error.value), "details belong in the log"
     assert received == ["a", "b", "c"][:step]
     assert text(good) == "abc"
 
@@ -75,11 +75,11 @@ def test_when_memory_is_short_only_the_newest_request_fails() -> None:
 
 
 def test_a_step_that_fails_once_fails_no_request() -> None:
-    """What fails together and works alone is nobody's own fault."""
-    trouble = iter([True])
+    """Each request succeeds when the engine tries it alone."""
+    failures = iter([True])
 
     def hits(ids: list[int]) -> bool:
-        return bytes(ids[-1:]) == b"b" and next(trouble, False)
+        return bytes(ids[-1:]) == b"b" and next(failures, False)
 
     engine = engine_of(fake_checkpoint(Failing(RuntimeError("once"), hits)), slots=3)
     streams = [submit(engine) for _ in range(3)]
@@ -88,10 +88,10 @@ def test_a_step_that_fails_once_fails_no_request() -> None:
 
 
 @pytest.mark.parametrize("step", range(6))
-def test_nan_in_one_row_fails_it_alone_and_poisons_no_slot(
+def test_nan_in_one_row_fails_that_request_alone_and_damages_no_slot(
     step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a real attention: 0 times NaN is NaN, so what a failed row has left must be wiped."""
+    """With real attention: 0 times NaN is NaN, so the engine must wipe a failed slot."""
     model = tiny_llama(vocab_size=258)
     untouched = copy.deepcopy(model)
     checkpoint = Checkpoint.of(model, byte_tokenizer())
@@ -102,10 +102,10 @@ def test_nan_in_one_row_fails_it_alone_and_poisons_no_slot(
     bad = engine.submit([200] * 9, params)
     good = engine.submit([7, 8, 9], params)
 
-    rows: list[Any] = []  # of the forward that is computed
+    rows: list[Any] = []  # the requests of the current forward
     forward = runner.forward
 
-    def noted(requests: Any, new_ids: list[list[int]]) -> torch.Tensor:
+    def record_rows(requests: Any, new_ids: list[list[int]]) -> torch.Tensor:
         rows[:] = requests
         return forward(requests, new_ids)
 
@@ -116,7 +116,7 @@ def test_nan_in_one_row_fails_it_alone_and_poisons_no_slot(
             output[rows.index(bad.request)] = torch.nan
         return output
 
-    monkeypatch.setattr(runner, "forward", noted)
+    monkeypatch.setattr(runner, "forward", record_rows)
     handle = model.model.layers[0].register_forward_hook(poison)
     finish(engine)
     handle.remove()
@@ -150,7 +150,7 @@ def test_a_tokenizer_that_fails_on_one_reply_fails_that_request_alone() -> None:
 
 
 def test_a_repeated_step_draws_the_same_numbers() -> None:
-    """Where it was the sampling that failed, the numbers had been drawn already."""
+    """The failed step has already drawn a number for each request."""
     model = tiny_llama(vocab_size=258)
     checkpoint = Checkpoint.of(model, byte_tokenizer())
     params = SamplingParams(seed=5, temperature=2.0, max_new_tokens=12)
@@ -159,25 +159,25 @@ def test_a_repeated_step_draws_the_same_numbers() -> None:
         runner = runner_for(model, 256, max_concurrent=2)
         engine = Engine(checkpoint, runner=runner)
         streams = [engine.submit([1, 2, n], params) for n in (3, 4)]
-        decode, trouble = runner.decode, [fails]
+        decode, failures = runner.decode, [fails]
 
-        def flaky(requests: Any, decode: Any = decode, trouble: Any = trouble) -> Any:
+        def fail_once(requests: Any, decode: Any = decode, failures: Any = failures) -> Any:
             result = decode(requests)
-            if len(requests) == 2 and trouble and trouble.pop():
+            if len(requests) == 2 and failures and failures.pop():
                 for request in requests:
                     request.num_computed_tokens -= 1
                 raise RuntimeError
             return result
 
-        runner.decode = flaky  # type: ignore[method-assign]
+        runner.decode = fail_once  # type: ignore[method-assign]
         finish(engine)
         replies.append([s.request.output_ids for s in streams])
     assert replies[0] == replies[1]
 
 
 @pytest.mark.parametrize("when", ["prompt", "reply"])
-def test_a_lost_device_ends_the_engine_and_every_stream(when: str) -> None:
-    """After an illegal access, say, nothing succeeds on a GPU any more in this process."""
+def test_a_lost_device_fails_the_engine_and_every_request(when: str) -> None:
+    """After an illegal access, for example, no GPU operation of the process succeeds."""
 
     def next_id(ids: list[int]) -> int:
         if when == "prompt" or ids[-1] == ord("a"):

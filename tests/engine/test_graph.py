@@ -1,4 +1,4 @@
-"""The step graph computes the model, and a reply's bits depend on its request alone."""
+"""The step graph computes its model, and a reply depends on nothing but its request."""
 
 import itertools
 import os
@@ -43,7 +43,7 @@ CONTEXT = 256
 
 
 def build(name: str) -> PreTrainedModel:
-    """A tiny random model with heads of a size that the graph takes, on the CPU."""
+    """A tiny random model on the CPU, with heads of a size that the graph supports."""
     sizes = {} if name.startswith("llama") else {"head_dim": 16}
     return models.build(name, hidden_size=64, **sizes).cpu()
 
@@ -62,13 +62,13 @@ class StateWeights:
 
 
 def saved(name: str, bits: int, directory: Path) -> tuple[SavedGraph, PreTrainedModel]:
-    """The graph of a tiny random model, and the model with the weights that it stands for."""
+    """The graph of a tiny random model, and a dense model with the weights of the graph."""
     model = build(name)
     model.tie_weights()
     weights = PackedOnRead(StateWeights(model), bits)
     build_graph(model.config, weights, directory)
     dense = AutoModelForCausalLM.from_config(model.config).eval()
-    if dense.config.tie_word_embeddings:  # the output matrix alone is packed
+    if dense.config.tie_word_embeddings:  # only the output matrix is packed
         dense.lm_head.weight = torch.nn.Parameter(dense.lm_head.weight.detach().clone())
     dense.load_state_dict({n: weights.dense(n) for n in dense.state_dict()})
     return SavedGraph.load(directory), dense
@@ -81,10 +81,10 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> SavedGraph:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["llama", "llama ungrouped", "llama tied", "mistral", "qwen3"])
-def test_the_graph_computes_the_model_that_its_weights_stand_for(
+def test_the_graph_gives_the_logits_of_a_dense_model_with_its_weights(
     name: str, bits: int, tmp_path: Path
 ) -> None:
-    """In chunks and one at a time, past the windows where there are any."""
+    """The positions exceed the sliding window of a model that has one."""
     graph, model = saved(name, bits, tmp_path / "graph")
     runner = GraphRunner(graph, slots=3, context=64)
     ids = torch.randint(258, (40,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -93,19 +93,19 @@ def test_the_graph_computes_the_model_that_its_weights_stand_for(
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0]
     difference = torch.cat(parts) - expected
-    # Eight bits of inputs; the tiny models' large weights let roundings grow from layer to layer.
+    # Inputs have eight bits, and large weights let rounding errors grow from layer to layer.
     assert float(difference.std() / expected.std()) < 0.15
     agree = torch.cat(parts).argmax(dim=1) == expected.argmax(dim=1)
     assert float(agree.float().mean()) > 0.8
 
 
 @pytest.mark.parametrize("name", ["gemma", "phi3"])
-def test_a_model_of_another_shape_is_not_built(name: str, tmp_path: Path) -> None:
+def test_no_graph_is_built_for_an_unsupported_architecture(name: str, tmp_path: Path) -> None:
     with pytest.raises(NotBuildable):
         saved(name, 4, tmp_path / "graph")
 
 
-def test_a_layer_that_computes_something_else_keeps_the_model_off_the_graph(
+def test_no_graph_is_built_if_a_layer_differs_from_transformers_layer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build("llama")
@@ -120,7 +120,7 @@ def test_a_layer_that_computes_something_else_keeps_the_model_off_the_graph(
         build_graph(model.config, PackedOnRead(Swapped(model), 8), tmp_path / "graph")
 
 
-def test_what_onnx_runtime_cannot_run_keeps_the_model_off_the_graph(
+def test_no_graph_is_built_that_onnx_runtime_cannot_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build("llama")
@@ -130,7 +130,7 @@ def test_what_onnx_runtime_cannot_run_keeps_the_model_off_the_graph(
 
 
 @pytest.mark.parametrize(("file", "size"), [(WEIGHTS, 100_000), (MANIFEST, 100), (STEP, 1000)])
-def test_a_kept_graph_that_is_damaged_is_a_clear_error(
+def test_a_damaged_graph_in_the_cache_is_a_clear_error(
     demo: Checkpoint, tmp_path: Path, file: str, size: int
 ) -> None:
     assert demo.graph is not None
@@ -141,7 +141,7 @@ def test_a_kept_graph_that_is_damaged_is_a_clear_error(
         runner_of(replace(demo, graph=damaged), max_concurrent=2, max_context=64)
 
 
-def test_a_graph_that_the_memory_does_not_hold_is_a_clear_error(
+def test_a_graph_that_exceeds_the_memory_is_a_clear_error(
     demo: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **options: Any) -> Any:
@@ -152,7 +152,7 @@ def test_a_graph_that_the_memory_does_not_hold_is_a_clear_error(
         runner_of(demo, max_concurrent=2, max_context=64)
 
 
-def test_slots_that_take_no_part_and_what_lies_behind_a_row_change_nothing(
+def test_unwritten_positions_and_other_slots_do_not_change_logits(
     graph: SavedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner = GraphRunner(graph, slots=4, context=32)
@@ -168,7 +168,7 @@ def test_slots_that_take_no_part_and_what_lies_behind_a_row_change_nothing(
     assert torch.equal(runner.step([2], [4], [9]), alone)
 
 
-def test_a_prefix_that_is_copied_is_the_prefix(graph: SavedGraph) -> None:
+def test_a_copied_prefix_gives_the_same_logits_as_the_original(graph: SavedGraph) -> None:
     runner = GraphRunner(graph, slots=3, context=32)
     runner.chunk(2, 0, [5, 6, 7, 8])
     runner.copy_prefix(2, 0, 3)
@@ -177,11 +177,11 @@ def test_a_prefix_that_is_copied_is_the_prefix(graph: SavedGraph) -> None:
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
-def test_the_check_finds_how_many_rows_a_forward_needs(slots: int, graph: SavedGraph) -> None:
+def test_row_check_finds_how_many_rows_a_forward_needs(slots: int, graph: SavedGraph) -> None:
     assert find_least_rows(graph, slots) in (1, 2, slots, None)
 
 
-def test_the_check_notices_bits_that_depend_on_the_number_of_rows(
+def test_row_check_notices_bits_that_depend_on_the_number_of_rows(
     graph: SavedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = GraphRunner.step
@@ -194,8 +194,8 @@ def test_the_check_notices_bits_that_depend_on_the_number_of_rows(
     assert (graph.directory / CHECK).is_file()
 
 
-class AnyPace(Pace):
-    """Chunks of any size."""
+class RandomPace(Pace):
+    """A pace that gives prompts a random budget in each step."""
 
     def __init__(self, rng: random.Random):
         super().__init__()
@@ -219,8 +219,8 @@ def runner(checkpoint: Checkpoint) -> GraphRunner:
 
 
 @dataclass
-class Asked:
-    """A request of a test: when it comes, and after how many steps its reader leaves."""
+class TimedRequest:
+    """A request with the steps at which it arrives and at which its reader leaves."""
 
     prompt: list[int]
     params: SamplingParams
@@ -228,23 +228,23 @@ class Asked:
     leaves: int | None = None
 
 
-def replies(engine: Engine, asked: list[Asked]) -> list[list[Choice]]:
-    """What each request got, ids and log-probabilities; of one that was aborted, its beginning."""
+def replies(engine: Engine, requests: list[TimedRequest]) -> list[list[Choice]]:
+    """The ids and log-probabilities of each reply. An aborted reply is incomplete."""
     streams: dict[int, TokenStream] = {}
     for step in itertools.count():
-        for n, request in enumerate(asked):
+        for n, request in enumerate(requests):
             if request.arrives == step:
                 streams[n] = engine.submit(request.prompt, request.params)
             if request.leaves == step and n in streams:
                 engine.abort(streams[n].request)
-        if not engine.step() and step >= max(request.arrives for request in asked):
+        if not engine.step() and step >= max(request.arrives for request in requests):
             break
-    return [[o.choice for o in streams[n] if o.choice is not None] for n in range(len(asked))]
+    return [[o.choice for o in streams[n] if o.choice is not None] for n in range(len(requests))]
 
 
-def assert_alone_gives_the_same(engine: Callable[[], Engine], asked: list[Asked]) -> None:
-    together = replies(engine(), asked)
-    for request, ours in zip(asked, together, strict=True):
+def assert_same_replies_alone(engine: Callable[[], Engine], requests: list[TimedRequest]) -> None:
+    together = replies(engine(), requests)
+    for request, ours in zip(requests, together, strict=True):
         (alone,) = replies(engine(), [replace(request, arrives=0, leaves=None)])
         assert ours == (alone if request.leaves is None else alone[: len(ours)])
 
@@ -253,11 +253,11 @@ def assert_alone_gives_the_same(engine: Callable[[], Engine], asked: list[Asked]
     deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(seed=st.integers(0, 2**32))
-def test_a_request_gives_the_same_bytes_alone_and_in_any_crowd(
+def test_a_request_gets_the_same_reply_alone_and_beside_any_others(
     seed: int, checkpoint: Checkpoint, runner: GraphRunner
 ) -> None:
-    """Whatever arrives, leaves and is found in the cache, and however prompts are cut."""
-    if not runner.reproducible:  # then it says so, and does not start with --reproducible
+    """Requests arrive, leave, find cached prefixes and are cut into chunks at random."""
+    if not runner.reproducible:  # then the engine does not start
         with pytest.raises(CheckpointError, match="--reproducible"):
             Engine(checkpoint, runner=runner, reproducible=True)
         return
@@ -266,23 +266,23 @@ def test_a_request_gives_the_same_bytes_alone_and_in_any_crowd(
 
     def engine() -> Engine:
         return Engine(
-            checkpoint, runner=runner, max_waiting=100, reproducible=True, pace=AnyPace(rng)
+            checkpoint, runner=runner, max_waiting=100, reproducible=True, pace=RandomPace(rng)
         )
 
-    asked = []
+    requests = []
     for _ in range(rng.randrange(2, 12)):
         own = [rng.randrange(258) for _ in range(rng.choice([1, 2, 3, 20, 90]))]
         params = SamplingParams(**random_params(rng), logprobs=rng.choice([None, 0, 3]))
         prompt = shared[: rng.choice([0, 0, 1, 25, 40])] + own
         leaves = rng.choice([None, None, rng.randrange(30)])
-        asked.append(Asked(prompt, params, rng.randrange(20), leaves))
-    assert_alone_gives_the_same(engine, asked)
+        requests.append(TimedRequest(prompt, params, rng.randrange(20), leaves))
+    assert_same_replies_alone(engine, requests)
 
 
-def test_a_lone_stream_runs_with_as_many_rows_as_the_law_needs(
+def test_a_single_request_runs_with_the_least_number_of_rows(
     graph: SavedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where one row is computed by another kernel than two."""
+    """On some processors ONNX Runtime computes one row with another kernel than two rows."""
     rows: list[int] = []
     run = GraphSession.run
 
@@ -301,23 +301,23 @@ def test_a_lone_stream_runs_with_as_many_rows_as_the_law_needs(
 
 
 @pytest.mark.parametrize("n", range(8))
-def test_the_demo_model_gives_the_same_bytes_alone_and_in_a_crowd(n: int, demo: Checkpoint) -> None:
-    """Eight scenarios: greedy and drawn, short and long, one after the other and all at once."""
+def test_the_demo_model_replies_the_same_alone_and_beside_others(n: int, demo: Checkpoint) -> None:
+    """Eight scenarios: greedy and sampled, with short and long prompts, at random times."""
     runner = _demo_runner(demo)
     if not runner.reproducible:
         return
     rng = random.Random(n)
 
     def engine() -> Engine:
-        return Engine(demo, runner=runner, max_waiting=100, reproducible=True, pace=AnyPace(rng))
+        return Engine(demo, runner=runner, max_waiting=100, reproducible=True, pace=RandomPace(rng))
 
-    asked = []
+    requests = []
     for topic in rng.sample(["rain", "bread", "bees", "iron", "music", "chess"], 3):
         question = f"{'Please be brief. ' * rng.choice([0, 1, 20])}What is {topic}?"
         prompt = demo.chat.encode([{"role": "user", "content": question}])
         params = SamplingParams(temperature=n % 2, seed=n, max_new_tokens=12, logprobs=2)
-        asked.append(Asked(prompt, params, rng.randrange(8)))
-    assert_alone_gives_the_same(engine, asked)
+        requests.append(TimedRequest(prompt, params, rng.randrange(8)))
+    assert_same_replies_alone(engine, requests)
 
 
 @cache
@@ -327,12 +327,12 @@ def _demo_runner(demo: Checkpoint) -> GraphRunner:
     return runner
 
 
-def test_what_was_computed_as_a_reply_is_not_reused_for_reproducible_replies(
+def test_reproducible_replies_reuse_no_positions_that_a_reply_computed(
     checkpoint: Checkpoint, runner: GraphRunner
 ) -> None:
-    """The next turn computes the last reply again, as a prompt."""
+    """The next turn computes the last reply again, as part of its prompt."""
     prompt = list(range(40, 90))
-    found = []
+    cached = []
     for reproducible in (False, runner.reproducible):
         engine = Engine(checkpoint, runner=runner, reproducible=reproducible)
         params = SamplingParams(temperature=0, max_new_tokens=10)
@@ -342,20 +342,20 @@ def test_what_was_computed_as_a_reply_is_not_reused_for_reproducible_replies(
         second = engine.submit([*first.all_ids, 5, 6], params).request
         while engine.step():
             pass
-        found.append(second.num_cached_tokens)
-    assert found[0] == len(prompt) + len(first.output_ids) - 1
+        cached.append(second.num_cached_tokens)
+    assert cached[0] == len(prompt) + len(first.output_ids) - 1
     if runner.reproducible:
-        assert found[1] == len(prompt)
+        assert cached[1] == len(prompt)
 
 
-def test_nothing_but_a_graph_is_reproducible() -> None:
+def test_reproducible_replies_need_a_graph() -> None:
     made = Checkpoint.of(build("llama"), byte_tokenizer())
     with pytest.raises(CheckpointError, match="needs packed weights on a CPU"):
         Engine(made, reproducible=True)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "llama tied"])
-def test_weights_are_packed_on_request_once_and_kept(
+def test_weights_are_packed_once_and_kept_in_the_cache(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -368,11 +368,11 @@ def test_weights_are_packed_on_request_once_and_kept(
     monkeypatch.setattr(graph_build, "build_graph", None)
     assert load_checkpoint(str(source), "int4").graph == made.graph
     assert load_checkpoint(str(source)).graph is None
-    assert made.model.config.model_type == name.partition(" ")[0], "the dense model, on demand"
+    assert made.model.config.model_type == name.partition(" ")[0], "the dense model loads on demand"
     assert made.model is made.model
 
 
-def test_what_packed_weights_exclude_is_refused_and_both_flags_are_named(
+def test_packing_rejects_another_dtype_and_unsupported_architectures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -385,7 +385,7 @@ def test_what_packed_weights_exclude_is_refused_and_both_flags_are_named(
         load_checkpoint(str(tmp_path / "gemma"), "int8")
 
 
-def test_settings_that_only_transformers_applies_send_a_checkpoint_to_the_dense_path(
+def test_packing_rejects_settings_that_only_transformers_applies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -22,10 +22,8 @@ from stream_generator.loaded_model import Checkpoint
 from stream_generator.sampling_params import SamplingParams
 
 
-def test_a_full_queue_rejects_a_request_until_a_place_is_free(
-    engine: Engine,
-) -> None:
-    streams = [submit(engine) for _ in range(4)]  # one slot, three places to wait
+def test_a_full_queue_rejects_a_request_until_a_place_is_free(engine: Engine) -> None:
+    streams = [submit(engine) for _ in range(4)]  # one slot, and a queue of three
     with pytest.raises(QueueFull, match="4 requests are waiting"):
         submit(engine)
     engine.step()
@@ -38,7 +36,7 @@ def test_a_full_queue_rejects_a_request_until_a_place_is_free(
         submit(engine)
 
 
-def test_an_id_may_be_used_again_only_when_its_request_has_ended(engine: Engine) -> None:
+def test_a_request_id_may_be_used_again_only_after_its_request_has_ended(engine: Engine) -> None:
     submit(engine, "same")
     with pytest.raises(DuplicateRequest, match="same"):
         submit(engine, "same")
@@ -46,35 +44,35 @@ def test_an_id_may_be_used_again_only_when_its_request_has_ended(engine: Engine)
     submit(engine, "same")
 
 
-def test_a_prompt_that_does_not_fit_is_refused_by_submit(engine: Engine) -> None:
+def test_submit_rejects_a_prompt_that_does_not_fit_the_context(engine: Engine) -> None:
     with pytest.raises(PromptTooLong):
         engine.submit([1] * 600, SamplingParams())
     assert engine.step() is False
 
 
-def test_submits_from_many_threads_never_exceed_the_queue_and_lose_nothing() -> None:
+def test_submits_from_many_threads_never_exceed_the_queue_and_lose_no_request() -> None:
     engine = engine_of(fake_checkpoint(says("a")), slots=4, max_waiting=6)
-    admitted: list[TokenStream] = []
-    refused: list[QueueFull] = []
+    accepted: list[TokenStream] = []
+    rejected: list[QueueFull] = []
 
     def submit_some() -> None:
         for _ in range(25):
             try:
-                admitted.append(submit(engine))
+                accepted.append(submit(engine))
             except QueueFull as error:
-                refused.append(error)
+                rejected.append(error)
 
     threads = [threading.Thread(target=submit_some) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         wait_for(thread)
-    assert (len(admitted), len(refused)) == (10, 190)
+    assert (len(accepted), len(rejected)) == (10, 190)
     finish(engine)
-    assert [stream.request.text for stream in admitted] == ["a"] * 10
+    assert [stream.request.text for stream in accepted] == ["a"] * 10
 
 
-def test_several_replies_to_one_prompt_compute_it_once_and_are_those_of_each_seed() -> None:
+def test_several_replies_compute_their_prompt_once_and_use_successive_seeds() -> None:
     checkpoint = Checkpoint.of(tiny_llama(vocab_size=258), byte_tokenizer())
     params = SamplingParams(seed=5, temperature=2.0, max_new_tokens=8)
     engine = engine_of(checkpoint, slots=4, max_waiting=0)
@@ -101,7 +99,7 @@ def test_several_replies_are_accepted_together_or_not_at_all(engine: Engine) -> 
     assert len(engine.submit_several([PROMPT], SamplingParams(), 3)) == 3
 
 
-def test_replies_to_several_prompts_come_prompt_by_prompt() -> None:
+def test_streams_for_several_prompts_are_ordered_by_prompt() -> None:
     def echo(ids: list[int]) -> int:
         return ids[0] if len(ids) < 13 else 256
 
@@ -117,7 +115,7 @@ def test_more_replies_than_slots_and_queue_hold_are_an_invalid_request(engine: E
         engine.submit_several([PROMPT], SamplingParams(), 5)
 
 
-def test_waiting_prompts_have_a_limit_in_tokens_too() -> None:
+def test_the_tokens_of_waiting_prompts_are_limited() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=1, max_waiting=100)
     long = [1] * 500
     taken = []
@@ -130,9 +128,9 @@ def test_waiting_prompts_have_a_limit_in_tokens_too() -> None:
     engine.submit(long, SamplingParams())
 
 
-def test_racing_submits_exceed_neither_bound() -> None:
+def test_racing_submits_exceed_neither_the_request_limit_nor_the_token_limit() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=4, max_waiting=300)
-    refused = []
+    rejected = []
 
     def submit_some() -> None:
         rng = random.Random(threading.get_ident())
@@ -140,12 +138,12 @@ def test_racing_submits_exceed_neither_bound() -> None:
             try:
                 engine.submit([1] * rng.randrange(1, 100), SamplingParams())
             except QueueFull:
-                refused.append(1)
+                rejected.append(1)
             assert engine.waiting <= 304
             tokens = sum(len(request.prompt_ids) for request in engine.requests)
             assert tokens <= engine.intake.waiting_tokens
 
     with ThreadPoolExecutor(16) as pool:
         for racing in [pool.submit(submit_some) for _ in range(16)]:
-            racing.result()  # raises what was raised there
-    assert len(refused) + engine.waiting == 10_000
+            racing.result()  # raises the errors of the thread
+    assert len(rejected) + engine.waiting == 10_000

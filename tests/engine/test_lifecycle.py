@@ -37,11 +37,11 @@ def test_close_ends_every_stream_with_an_error(start: Any) -> None:
         engine.clear()
 
 
-def test_an_engine_whose_thread_dies_reports_it_to_every_reader() -> None:
-    def interrupted(ids: list[int]) -> int:
+def test_an_engine_whose_thread_dies_fails_every_request() -> None:
+    def interrupt(ids: list[int]) -> int:
         raise KeyboardInterrupt
 
-    engine = engine_of(fake_checkpoint(interrupted), slots=1)
+    engine = engine_of(fake_checkpoint(interrupt), slots=1)
     thread = threading.Thread(target=engine.run)
     thread.start()
     with pytest.raises(GenerationFailed, match="must be restarted"):
@@ -70,14 +70,14 @@ def test_a_pending_clear_fails_once_however_often_the_engine_closes() -> None:
     assert failures == [EngineClosed]
 
 
-def test_clear_runs_between_two_steps_and_returns(start: Any) -> None:
+def test_clear_returns_while_a_request_runs(start: Any) -> None:
     engine = start(says("abc"))
     stream = submit(engine)
     engine.clear()
     assert text(stream) == "abc"
 
 
-def test_one_clearing_serves_all_callers_that_wait_for_it(
+def test_waiting_calls_of_clear_are_served_together(
     start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cleared = []
@@ -128,7 +128,7 @@ def test_a_request_that_outlasts_the_drain_ends_with_an_error(start: Any) -> Non
             text(stream)
 
 
-def test_a_reply_ends_by_length_when_its_time_is_over_and_a_prompt_never_begins() -> None:
+def test_the_time_limit_ends_a_reply_with_length_and_fails_a_waiting_request() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=1)
     first, second, third = submit(engine), submit(engine), submit(engine)
     engine.step()
@@ -140,7 +140,7 @@ def test_a_reply_ends_by_length_when_its_time_is_over_and_a_prompt_never_begins(
     assert text(third) == "abc"
 
 
-def test_each_request_has_the_time_that_the_engine_gives_it() -> None:
+def test_each_request_gets_the_time_limit_of_the_engine() -> None:
     engine = engine_of(fake_checkpoint(says("abc")), slots=1, max_seconds=50)
     request = submit(engine).request
     assert request.deadline == request.submitted_at + 50

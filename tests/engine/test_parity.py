@@ -1,9 +1,9 @@
-"""Nobody's ids depend on who else is there.
+"""The ids of a request do not depend on the requests beside it.
 
-Each request's ids, computed beside others, equal those of `stream_generate` run alone on an
-untouched second copy of the model. Sums differ in their last bits with the shape of a batch, so a
-first difference is allowed where the choice hung on these bits, and the test checks just that: the
-two best scores within 1e-4, or the drawn number within 1e-4 of the boundary between the two ids.
+The reference is the loop of `stream_generate`, run alone on an untouched copy of the model. The
+last bits of a sum depend on the shape of the batch. A first difference is therefore allowed where
+these bits decide: the two best scores are within 1e-4, or the drawn number is within 1e-4 of the
+boundary between two ids.
 """
 
 import copy
@@ -37,7 +37,7 @@ CLOSE = 1e-4
 
 
 def alone(reference: Checkpoint, request: Request) -> tuple[list[int], FinishReason | None]:
-    """What the same request gives by itself, through transformers' `generate`."""
+    """Run the same request alone, through transformers' `generate`."""
     params = request.params.model_copy(update={"logprobs": None})
     again = reference.new_request(request.prompt_ids, params, request_id=request.id)
     for _ in stream_request(reference.model, again):
@@ -46,7 +46,7 @@ def alone(reference: Checkpoint, request: Request) -> tuple[list[int], FinishRea
 
 
 def assert_same(reference: Checkpoint, request: Request, where: str = "") -> bool:
-    """Equal ids, or a first difference that the tie rule allows; True when equal."""
+    """Check that ids are equal or differ as allowed above; return whether they are equal."""
     ids, reason = alone(reference, request)
     if ids == request.output_ids:
         assert reason is request.finish_reason, where
@@ -62,7 +62,7 @@ def assert_same(reference: Checkpoint, request: Request, where: str = "") -> boo
 
 
 def margin_at(reference: Checkpoint, request: Request, at: int) -> float:
-    """How clear the choice of output id `at` was, by a plain forward over what came before."""
+    """How clear the choice of output id `at` was, by a plain forward over the ids before it."""
     before = reference.new_request(request.prompt_ids, request.params, request_id="margin")
     before.output_ids = request.output_ids[:at]
     with torch.inference_mode():
@@ -81,7 +81,7 @@ def margin_at(reference: Checkpoint, request: Request, at: int) -> float:
 
 
 def own_layers(model: PreTrainedModel) -> PreTrainedModel:
-    """As transformers has it."""
+    """Keep transformers' own layers."""
     return model
 
 
@@ -91,22 +91,20 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-SIDE_BY_SIDE = [
+BATCHED = [
     "llama", "llama ungrouped", "llama tied",
     "mistral", "qwen2", "qwen3", "gemma", "gemma3", "phi3",
 ]  # fmt: skip
 LAYERS = {"own layers": own_layers, "fused": fused}
 FUSIBLE = ["llama", "llama ungrouped", "llama tied", "mistral", "qwen2", "qwen3"]
 CASES = [
-    *((name, "own layers") for name in SIDE_BY_SIDE),
+    *((name, "own layers") for name in BATCHED),
     *((name, "fused") for name in FUSIBLE),
 ]
 
 
 @pytest.mark.parametrize(("name", "layers"), CASES)
-def test_32_requests_that_come_and_go_get_the_ids_they_would_get_alone(
-    name: str, layers: str
-) -> None:
+def test_32_overlapping_requests_get_the_ids_they_would_get_alone(name: str, layers: str) -> None:
     untouched = build(name)
     model = LAYERS[layers](copy.deepcopy(untouched))
     reference = Checkpoint.of(untouched, byte_tokenizer())
@@ -115,7 +113,7 @@ def test_32_requests_that_come_and_go_get_the_ids_they_would_get_alone(
     assert isinstance(runner, ModelRunner)
     engine = Engine(checkpoint, runner=runner, max_waiting=100)
     rng = random.Random(name)
-    shared = [rng.randrange(258) for _ in range(30)]  # prompts begin alike, so slots are copied
+    shared = [rng.randrange(258) for _ in range(30)]  # prompts share it, so slots are copied
     arrivals = sorted(rng.randrange(60) for _ in range(32))
     requests: list[Request] = []
     step, busy = 0, True
@@ -129,16 +127,16 @@ def test_32_requests_that_come_and_go_get_the_ids_they_would_get_alone(
         busy = engine.step()
         step += 1
     assert len(requests) == 32
-    assert any(r.num_cached_tokens for r in requests), "some prompts were found computed"
+    assert any(r.num_cached_tokens for r in requests), "some prefixes were cached"
     equal = [assert_same(reference, s, f"{name}, request {n}") for n, s in enumerate(requests)]
-    assert sum(equal) > 24, "ties are rare; if they excuse much, something is wrong"
+    assert sum(equal) > 24, "ties are rare, so most replies are equal"
 
 
 @pytest.mark.parametrize("name", ["mamba", "gemma2"])
-def test_a_model_that_does_not_fit_runs_alone_says_so_and_is_right(
+def test_a_model_that_does_not_fit_the_slot_cache_runs_one_request_at_a_time(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Recurrent layers, and attention with a soft cap."""
+    """Mamba has recurrent layers; the attention of Gemma 2 has a soft cap."""
     model = build(name)
     reference = Checkpoint.of(copy.deepcopy(model), byte_tokenizer())
     checkpoint = Checkpoint.of(model, byte_tokenizer())
@@ -169,13 +167,13 @@ def test_a_model_that_does_not_fit_runs_alone_says_so_and_is_right(
     ],
     ids=["dynamic rope", "suppressed tokens"],
 )
-def test_what_rows_cannot_share_runs_alone(change: dict[str, Any]) -> None:
+def test_settings_that_rows_cannot_share_run_one_request_at_a_time(change: dict[str, Any]) -> None:
     model = tiny_llama(vocab_size=258, **{k: v for k, v in change.items() if "rope" in k})
     model.generation_config.suppress_tokens = change.get("suppress_tokens")
     assert isinstance(runner_for(model, 256), SoloRunner)
 
 
-def test_greedy_equals_transformers_generate_with_a_cold_and_a_warm_cache() -> None:
+def test_greedy_replies_equal_transformers_generate_with_a_cold_and_a_warm_prefix_cache() -> None:
     model = build("llama")
     untouched = copy.deepcopy(model)
     engine = Engine(
@@ -195,15 +193,15 @@ def test_greedy_equals_transformers_generate_with_a_cold_and_a_warm_cache() -> N
 
 
 @pytest.mark.parametrize("name", ["gemma", "gemma3", "phi3"])
-def test_a_model_of_another_shape_keeps_its_own_layers(name: str) -> None:
+def test_a_model_of_an_unsupported_shape_keeps_its_own_layers(name: str) -> None:
     model = build(name)
     layers = list(model.base_model.layers)
     assert not fuse(model)
     assert list(model.base_model.layers) == layers
 
 
-def test_eight_chats_of_ten_turns_at_once_are_each_as_if_alone(demo: Checkpoint) -> None:
-    """The real model, in float32: its histories grow in the slots, and are found there."""
+def test_eight_parallel_chats_get_the_replies_they_would_get_alone(demo: Checkpoint) -> None:
+    """The demo model in float32. Each turn finds its history in the prefix cache."""
     untouched = AutoModelForCausalLM.from_pretrained(
         locate(None).dense_directory(), dtype=torch.float32
     )

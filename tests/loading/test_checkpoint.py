@@ -1,4 +1,4 @@
-"""What --ckpts takes, what it refuses, and the facts read off a model."""
+"""Sources that --ckpts accepts and rejects, and the facts that are read from a model."""
 
 import json
 from pathlib import Path
@@ -21,11 +21,11 @@ from stream_generator.sampling_params import SamplingParams
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama as people have it on disk."""
+    """A tiny Llama in a directory, as transformers saves it."""
     directory = tmp_path_factory.mktemp("models") / "tiny-llama"
     model = tiny_llama(vocab_size=258, eos_token_id=[END, 99])
     model.generation_config.update(temperature=0.7, top_p=0.8, top_k=-5, do_sample=True)
-    # The odd value is written behind transformers' back, as it is in some real checkpoints.
+    # Some real checkpoints have such a top_k, but transformers would not save it.
     model.generation_config.top_k = None
     model.save_pretrained(directory)
     config = json.loads((directory / "generation_config.json").read_text())
@@ -34,17 +34,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def test_parts_may_be_told_where_to_go(saved: Path) -> None:
-    """To the disk, which every machine has: the same hooks carry a part there and back."""
+def test_a_device_map_may_place_layers_on_the_disk(saved: Path) -> None:
+    """Every machine has a disk, and other devices use the same hooks."""
     parts = ["embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb"]
     devices: dict[str, str | int] = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"}
     devices["model.layers.1"] = "disk"
-    spread = load_checkpoint(str(saved), dtype="float32", device_map=devices)
-    assert spread.model.hf_device_map["model.layers.1"] == "disk"
+    distributed = load_checkpoint(str(saved), dtype="float32", device_map=devices)
+    assert distributed.model.hf_device_map["model.layers.1"] == "disk"
     whole = load_checkpoint(str(saved), "none", dtype="float32")
     params = SamplingParams(temperature=0, max_new_tokens=12)
     ids = []
-    for checkpoint in (spread, whole):
+    for checkpoint in (distributed, whole):
         engine = Engine(checkpoint, runner=runner_for(checkpoint.model, 64))
         stream = engine.submit([1, 2, 3], params)
         while engine.step():
@@ -54,26 +54,26 @@ def test_parts_may_be_told_where_to_go(saved: Path) -> None:
     assert ids[0]
 
 
-def test_where_the_parts_go_does_not_change_what_is_computed_in(saved: Path) -> None:
-    told = load_checkpoint(str(saved), device_map={"": "cpu"})
-    assert told.model.dtype is load_checkpoint(str(saved)).model.dtype
+def test_a_device_map_does_not_change_the_dtype(saved: Path) -> None:
+    placed = load_checkpoint(str(saved), device_map={"": "cpu"})
+    assert placed.model.dtype is load_checkpoint(str(saved)).model.dtype
 
 
-def test_a_device_of_another_machine_is_a_clear_error(saved: Path) -> None:
+def test_an_unknown_device_is_a_clear_error(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="--device meteor cannot be used here"):
         load_checkpoint(str(saved), device="meteor")
 
 
-def test_an_end_that_the_vocabulary_lacks_is_told_by_its_number() -> None:
+def test_an_end_id_outside_the_vocabulary_is_described_by_its_number() -> None:
     model = FakeModel(says(""))
     model.generation_config.eos_token_id = [END, 300]
     assert "id 300" in Checkpoint.of(model, byte_tokenizer()).describe()
 
 
-def test_weights_are_counted_as_they_are_loaded(
+def test_the_memory_check_counts_only_loaded_weights_in_the_loaded_dtype(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not those for another program beside them, and twice where they become twice as large."""
+    """Files of another program do not count. Weights that become twice as large count twice."""
     directory = copy_without(saved, tmp_path / "model")
     weights = (directory / "model.safetensors").stat().st_size
     (directory / "consolidated.safetensors").write_bytes(b"x" * weights)
@@ -87,7 +87,7 @@ def test_weights_are_counted_as_they_are_loaded(
         load_checkpoint(str(directory), dtype="float32")
 
 
-def test_a_file_of_several_that_is_missing_is_named(saved: Path, tmp_path: Path) -> None:
+def test_a_missing_weights_file_is_named_in_the_error(saved: Path, tmp_path: Path) -> None:
     directory = tmp_path / "model"
     tiny_llama(vocab_size=258).save_pretrained(directory, max_shard_size="20KB")
     byte_tokenizer().save_pretrained(directory)
@@ -97,7 +97,7 @@ def test_a_file_of_several_that_is_missing_is_named(saved: Path, tmp_path: Path)
         load_checkpoint(str(directory))
 
 
-def test_what_must_not_be_read_is_a_clear_error(
+def test_a_checkpoint_without_read_permission_is_a_clear_error(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(directory: Path) -> None:
@@ -108,7 +108,7 @@ def test_what_must_not_be_read_is_a_clear_error(
         load_checkpoint(str(saved))
 
 
-def test_a_device_that_there_is_not_is_a_clear_error(saved: Path) -> None:
+def test_an_unknown_device_in_a_device_map_is_a_clear_error(saved: Path) -> None:
     with pytest.raises(CheckpointError, match="could not load"):
         load_checkpoint(str(saved), device_map={"": "gpu:7"})
 
@@ -139,7 +139,7 @@ def test_a_directory_loads_and_its_facts_are_read(
     assert len(list(outputs)) == 3
 
 
-def test_the_end_ids_are_those_of_all_sources_together() -> None:
+def test_end_ids_come_from_the_tokenizer_and_both_configurations() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
     model = FakeModel(says(""))
@@ -163,7 +163,7 @@ def test_a_relative_path_and_a_home_path_work(saved: Path, monkeypatch: pytest.M
         (("tokenizer.json", "tokenizer_config.json"), "could not load"),
     ],
 )
-def test_an_incomplete_directory_is_refused_with_what_is_taken(
+def test_an_incomplete_directory_is_rejected(
     saved: Path, tmp_path: Path, missing: tuple[str, ...], words: str
 ) -> None:
     directory = copy_without(saved, tmp_path / "model", *missing)
@@ -171,7 +171,7 @@ def test_an_incomplete_directory_is_refused_with_what_is_taken(
         load_checkpoint(str(directory))
 
 
-def test_code_of_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
     directory = copy_without(saved, tmp_path / "model")
     config = json.loads((directory / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
@@ -182,7 +182,7 @@ def test_code_of_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_weights_that_are_not_there_are_not_made_up(saved: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_rejected(saved: Path, tmp_path: Path) -> None:
     directory = copy_without(saved, tmp_path / "model")
     weights = load_file(directory / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -200,12 +200,12 @@ def test_weights_that_are_not_there_are_not_made_up(saved: Path, tmp_path: Path)
         ("not a valid id!", "does not exist"),
     ],
 )
-def test_what_is_no_model_is_named(source: str, words: str) -> None:
+def test_a_source_that_is_no_model_is_a_clear_error(source: str, words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         load_checkpoint(source)
 
 
-def test_a_base_model_has_no_chat_but_its_facts_are_there() -> None:
+def test_a_base_model_loads_without_a_chat_template() -> None:
     checkpoint = Checkpoint.of(FakeModel(says("")), byte_tokenizer(chat_template=None))
     assert checkpoint.context_length == 512
     assert fake_checkpoint(says("")).defaults.do_sample is False

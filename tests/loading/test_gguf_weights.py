@@ -1,4 +1,4 @@
-"""Packed weights of a GGUF are those of its blocks, to the bit."""
+"""The packed weights of a GGUF equal those of its blocks exactly."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def write(path: Path, architecture: str, tensors: dict[str, numpy.ndarray], kind
 
 
 @pytest.mark.parametrize("kind", FORMATS, ids=lambda kind: kind.name)
-def test_weights_are_what_gguf_makes_of_the_blocks(kind: Kind, tmp_path: Path) -> None:
+def test_weights_equal_the_blocks_that_the_gguf_package_decodes(kind: Kind, tmp_path: Path) -> None:
     data = numpy.random.default_rng(0).normal(size=(64, 512)).astype(numpy.float32)
     tensors = {"blk.0.ffn_up.weight": data, "token_embd.weight": data}
     weights = GgufWeights(write(tmp_path / "model.gguf", "qwen2", tensors, kind))
@@ -50,7 +50,7 @@ def test_weights_are_what_gguf_makes_of_the_blocks(kind: Kind, tmp_path: Path) -
         weights.packed("model.layers.0.mlp.down_proj")
 
 
-def test_what_is_not_quantized_is_not_packed(tmp_path: Path) -> None:
+def test_float16_weights_of_a_gguf_are_not_packed(tmp_path: Path) -> None:
     data = numpy.ones((32, 32), numpy.float32)
     weights = GgufWeights(write(tmp_path / "m.gguf", "qwen2", {"output.weight": data}, Kind.F16))
     assert not weights.is_packed
@@ -58,11 +58,11 @@ def test_what_is_not_quantized_is_not_packed(tmp_path: Path) -> None:
     assert torch.equal(weights.dense("lm_head.weight"), torch.ones(32, 32))
 
 
-def test_a_llamas_queries_and_keys_are_put_back_in_order(tmp_path: Path) -> None:
+def test_query_and_key_rows_of_a_llama_gguf_are_put_back_in_order(tmp_path: Path) -> None:
     data = numpy.arange(HEADS * SIZE, dtype=numpy.float32)[:, None].repeat(64, axis=1)
-    # As llama.cpp's converter lays them out: the halves of a head in turns.
-    mixed = data.reshape(HEADS, 2, SIZE // 2, 64).swapaxes(1, 2).reshape(data.shape)
-    tensors = {"blk.0.attn_q.weight": mixed, "blk.0.attn_v.weight": data}
+    # llama.cpp's converter interleaves the two halves of each head.
+    interleaved = data.reshape(HEADS, 2, SIZE // 2, 64).swapaxes(1, 2).reshape(data.shape)
+    tensors = {"blk.0.attn_q.weight": interleaved, "blk.0.attn_v.weight": data}
     weights = GgufWeights(write(tmp_path / "model.gguf", "llama", tensors, Kind.Q8_0))
     for name in ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"):
         packed = weights.packed(name)
@@ -71,7 +71,7 @@ def test_a_llamas_queries_and_keys_are_put_back_in_order(tmp_path: Path) -> None
             assert torch.allclose(dense, torch.from_numpy(data), rtol=0.01)
 
 
-def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_named_in_the_error(tmp_path: Path) -> None:
     path = write(
         tmp_path / "m.gguf", "nonesuch", {"a.weight": numpy.ones((32, 32), "f4")}, Kind.F16
     )

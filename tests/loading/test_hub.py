@@ -1,4 +1,4 @@
-"""Models of the hub: what is brought, what is refused before it is brought, what is kept."""
+"""Models of the hub: downloads, rejections before a download, and the cache."""
 
 import hashlib
 import json
@@ -28,10 +28,10 @@ ROTARY = {"rope_type": "default", "rope_theta": 500000.0}
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's HTTP interface as a download needs: `root`/name/revision/file."""
+    """The part of the hub's HTTP interface that downloads need. Serves `root`/name/revision."""
 
-    def __init__(self, root: Path, asked: list[str], *args: Any):
-        self._root, self._asked = root, asked
+    def __init__(self, root: Path, requested: list[str], *args: Any):
+        self._root, self._requested = root, requested
         super().__init__(*args)
 
     def do_HEAD(self) -> None:
@@ -65,7 +65,7 @@ class Hub(BaseHTTPRequestHandler):
                 for n, p in zip(names, files, strict=True)
             ]
             return self._send(200, json.dumps(tree).encode(), facts)
-        self._asked.append(f"{name}/{rest}")
+        self._requested.append(f"{name}/{rest}")
         if rest not in names:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
         facts["ETag"] = f'"{digest(folder / rest)}"'
@@ -132,14 +132,14 @@ def change(file: Path, **content: Any) -> None:
 
 
 @pytest.fixture
-def asked() -> list[str]:
-    """What files were asked for."""
+def requested() -> list[str]:
+    """The files that were requested from the hub."""
     return []
 
 
 @pytest.fixture
-def hub(models: Path, asked: list[str]) -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, models, asked))
+def hub(models: Path, requested: list[str]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, models, requested))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -158,12 +158,12 @@ for source in sys.argv[1:]:
         made = load_checkpoint(name, allow_pickle=bool(pickle))
         print("loaded", made.name, made.context_length)
     except CheckpointError as error:
-        print("refused", str(error).replace("\\n", " "))
+        print("rejected", str(error).replace("\\n", " "))
 """
 
 
 def load(sources: list[str], home: Path, **environment: str) -> list[str]:
-    """In a process of its own: the hub's address is read when its library is imported."""
+    """Load in a new process, because the hub's library reads its address on import."""
     own = {"HF_HOME": str(home), "XDG_CACHE_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *sources],
@@ -178,24 +178,24 @@ def load(sources: list[str], home: Path, **environment: str) -> list[str]:
     return lines
 
 
-def test_what_is_loaded_is_brought_once_and_found_offline(
-    hub: str, asked: list[str], tmp_path: Path
+def test_a_hub_model_is_downloaded_once_and_loads_offline(
+    hub: str, requested: list[str], tmp_path: Path
 ) -> None:
     sources = ["org/plain", "org/plain@v2", "org/sharded", "org/converted:deeper/tiny.gguf"]
     expected = ["loaded org/plain 256", "loaded org/plain 99", "loaded org/sharded 256"]
     expected.append("loaded tiny 256")
     assert load(sources, tmp_path, HF_ENDPOINT=hub) == expected
-    assert {"plain/model.safetensors", "sharded/model.safetensors.index.json"} <= {*asked}
-    assert not {"plain/onnx/model.safetensors", "plain/pytorch_model.bin"} & {*asked}
-    asked.clear()
+    assert {"plain/model.safetensors", "sharded/model.safetensors.index.json"} <= {*requested}
+    assert not {"plain/onnx/model.safetensors", "plain/pytorch_model.bin"} & {*requested}
+    requested.clear()
     assert load(sources, tmp_path, HF_HUB_OFFLINE="1") == expected
-    assert asked == []
+    assert requested == []
 
 
-def test_what_cannot_be_had_says_why_and_what_to_do(
-    hub: str, asked: list[str], tmp_path: Path
+def test_a_rejected_hub_model_has_a_clear_error_and_is_not_downloaded(
+    hub: str, requested: list[str], tmp_path: Path
 ) -> None:
-    told = {
+    expected = {
         "org/nothing": "could not download org/nothing from the hub",
         "org/plain@v3": "could not download org/plain from the hub",
         "org/gated": "set HF_TOKEN",
@@ -206,23 +206,24 @@ def test_what_cannot_be_had_says_why_and_what_to_do(
         "org/ggufs:c.gguf": "holds no c.gguf",
         "org/ggufs:a.gguf": "could not be read",
     }
-    for line, words in zip(load([*told], tmp_path, HF_ENDPOINT=hub), told.values(), strict=True):
-        assert line.startswith("refused"), line
+    lines = load([*expected], tmp_path, HF_ENDPOINT=hub)
+    for line, words in zip(lines, expected.values(), strict=True):
+        assert line.startswith("rejected"), line
         assert words in line
-    brought = {file.partition("/")[2] for file in asked}
-    assert not {"model.safetensors", "pytorch_model.bin"} & brought, "refused before it is brought"
-    told_offline = load(["org/plain"], tmp_path, HF_HUB_OFFLINE="1")
-    assert "could not download org/plain from the hub" in told_offline[0]
+    downloaded = {file.partition("/")[2] for file in requested}
+    assert not {"model.safetensors", "pytorch_model.bin"} & downloaded, "rejected too late"
+    offline = load(["org/plain"], tmp_path, HF_HUB_OFFLINE="1")
+    assert "could not download org/plain from the hub" in offline[0]
 
 
-def test_a_token_opens_a_gated_model_and_pickled_weights_are_read_on_request(
+def test_a_token_loads_a_gated_model_and_allow_pickle_loads_pickled_weights(
     hub: str, tmp_path: Path
 ) -> None:
     lines = load(["org/gated", "org/pickled pickle"], tmp_path, HF_ENDPOINT=hub, HF_TOKEN=TOKEN)
     assert lines == ["loaded org/gated 256", "loaded org/pickled 256"]
 
 
-def test_what_the_disk_has_no_room_for_is_refused_with_the_numbers(
+def test_a_download_that_exceeds_the_free_disk_space_is_rejected(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from stream_generator.errors import CheckpointError
@@ -232,7 +233,7 @@ def test_what_the_disk_has_no_room_for_is_refused_with_the_numbers(
         file_size, will_download = 16_000_000_000, True
 
     def plan(*args: Any, dry_run: bool = False, **options: Any) -> Any:
-        assert dry_run, "it is brought all the same"
+        assert dry_run, "the model is downloaded in spite of the full disk"
         return [Planned()]
 
     monkeypatch.setattr(module, "snapshot_download", plan)

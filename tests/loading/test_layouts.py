@@ -1,4 +1,4 @@
-"""One model, written in every way that people have it, is one model."""
+"""Every layout of a checkpoint gives the same model, and damaged ones are rejected."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.gguf_files import neighbours, write_gguf
+from support.gguf_files import interleave_rotary_pairs, write_gguf
 from support.llama3 import (
     BEGIN,
     END,
@@ -65,14 +65,14 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(family: str) -> PreTrainedModel:
-    """A Llama 3 in miniature, with numbers that bfloat16 can hold."""
+    """A small Llama 3 whose weights bfloat16 represents exactly."""
     made = tiny_llama(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KEY_HEADS, bos_token_id=BEGIN,
         eos_token_id=[END, END_OF_MESSAGE, END_OF_TURN], pad_token_id=None, rms_norm_eps=1e-5,
         **FAMILIES[family],
     )  # fmt: skip
-    for parameter in made.parameters():  # and not the rotary frequencies
+    for parameter in made.parameters():  # not the rotary frequencies, which are buffers
         parameter.data = parameter.data.bfloat16().float()
     return made
 
@@ -118,8 +118,8 @@ def write_meta(model: PreTrainedModel, path: Path, shards: int) -> Path:
         ):  # fmt: skip
             whole[theirs + name] = (state[f"{ours}{source}.weight"], along)
         queries, keys = (state[f"{ours}self_attn.{k}_proj.weight"] for k in "qk")
-        whole[theirs + "attention.wq"] = (neighbours(queries, HEADS), 0)
-        whole[theirs + "attention.wk"] = (neighbours(keys, KEY_HEADS), 0)
+        whole[theirs + "attention.wq"] = (interleave_rotary_pairs(queries, HEADS), 0)
+        whole[theirs + "attention.wk"] = (interleave_rotary_pairs(keys, KEY_HEADS), 0)
     for number in range(shards):
         part = {
             f"{name}.weight": (w if along is None else w.chunk(shards, along)[number]).clone()
@@ -157,7 +157,7 @@ def test_every_layout_gives_the_same_model(
     layout: str, family: str, model: PreTrainedModel, tokenizer: Any, folder: Path
 ) -> None:
     loaded = load_checkpoint(write(layout, model, tokenizer, folder), "none", dtype="float32")
-    prompt = tokenizer.encode("The rainbow 彩虹 " * 40)  # long enough for rotations to differ
+    prompt = tokenizer.encode("The rainbow 彩虹 " * 40)  # long enough to show wrong rotations
     assert loaded.tokenizer.encode("The rainbow 彩虹 " * 40) == prompt
     assert prompt.count(BEGIN) == 1
     assert greedy(loaded.model, prompt) == greedy(model, prompt)
@@ -167,13 +167,13 @@ def test_every_layout_gives_the_same_model(
         "default" if family == "llama-3" else "llama3"
     )
     assert bool(loaded.model.config.tie_word_embeddings) == (family == "llama-3.2")
-    told = loaded.describe()
-    assert "LlamaForCausalLM" in told
-    assert "float32 on cpu" in told
-    assert "<|eot_id|>" in told
+    description = loaded.describe()
+    assert "LlamaForCausalLM" in description
+    assert "float32 on cpu" in description
+    assert "<|eot_id|>" in description
 
 
-def test_the_plain_transformers_load_of_a_conversion_is_the_same_model(
+def test_transformers_loads_the_same_model_from_a_converted_meta_checkpoint(
     model: PreTrainedModel, tokenizer: Any, tmp_path: Path
 ) -> None:
     converted = locate(str(write_meta(model, tmp_path / "Meta-Tiny", shards=2))).directory
@@ -192,7 +192,7 @@ def meta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_meta(made, tmp_path_factory.mktemp("meta") / "Meta-Llama-3-Tiny", shards=1)
 
 
-def test_metas_layout_chats_in_metas_format(meta: Path) -> None:
+def test_a_meta_checkpoint_uses_metas_chat_format(meta: Path) -> None:
     loaded = load_checkpoint(str(meta), "none")
     assert loaded.name == "Meta-Llama-3-Tiny"
     assert "Meta's original layout" in loaded.describe()
@@ -229,7 +229,7 @@ def damaged(meta: Path, target: Path, **changes: bytes | None) -> str:
         ({"consolidated_00_pth": b"PK\x03\x04" + b"\0" * 500}, "not a Llama 3 checkpoint"),
     ],
 )
-def test_a_damaged_meta_checkpoint_is_a_clear_error_and_leaves_nothing(
+def test_a_damaged_meta_checkpoint_is_a_clear_error_and_leaves_nothing_in_the_cache(
     meta: Path, tmp_path: Path, changes: dict[str, bytes | None], words: str
 ) -> None:
     with pytest.raises(CheckpointError, match=words):
@@ -254,9 +254,7 @@ def test_code_in_a_meta_checkpoint_is_not_run(
     assert not (tmp_path / "exploited").exists()
 
 
-def test_a_directory_of_one_gguf_is_that_file_and_of_several_must_be_told(
-    tmp_path: Path,
-) -> None:
+def test_a_directory_of_ggufs_is_accepted_only_if_it_holds_one(tmp_path: Path) -> None:
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"name one of them: a\.gguf, b\.gguf"):
@@ -274,13 +272,15 @@ def test_a_directory_of_one_gguf_is_that_file_and_of_several_must_be_told(
         (b"not a GGUF", "is not a GGUF file; --ckpts takes"),
     ],
 )
-def test_a_file_that_lies_is_a_clear_error(data: bytes, words: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_valid_gguf_is_a_clear_error(
+    data: bytes, words: str, tmp_path: Path
+) -> None:
     (tmp_path / "model.gguf").write_bytes(data)
     with pytest.raises(CheckpointError, match=words):
         load_checkpoint(str(tmp_path / "model.gguf"))
 
 
-def test_a_conversion_is_done_once(meta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_meta_checkpoint_is_converted_once(meta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = locate(str(meta))
 
     def refuse(*args: Any, **options: Any) -> None:
@@ -299,7 +299,7 @@ def checkpoint_with(tmp_path: Path, name: str, content: object) -> str:
     return str(path)
 
 
-def test_a_link_out_of_the_directory_is_refused_but_the_hubs_own_are_not(tmp_path: Path) -> None:
+def test_links_out_of_a_checkpoint_are_rejected_outside_the_hub_cache(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_text("{}")
     path = Path(checkpoint_with(tmp_path, "config.json", {}))
@@ -316,7 +316,7 @@ def test_a_link_out_of_the_directory_is_refused_but_the_hubs_own_are_not(tmp_pat
     refuse_unsafe(snapshot)
 
 
-# A model of 328,000 bytes in bfloat16, of 191,000 in eight bits and of 136,000 in four.
+# The model takes 328,000 bytes in bfloat16, 191,000 in eight bits and 136,000 in four.
 PACKABLE = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
 OTHER_HEADS = {"num_attention_heads": 8}
 DYNAMIC = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
@@ -335,7 +335,7 @@ NONE = r"use a machine with more memory, or a smaller model$"
         (200_000, DYNAMIC, {}, NONE),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_would(
+def test_a_model_that_exceeds_the_memory_is_rejected_with_the_options_that_fit(
     tmp_path: Path,
     tokenizer: Any,
     monkeypatch: pytest.MonkeyPatch,
@@ -355,7 +355,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_size_of_packed_weights_is_what_they_take(
+def test_packed_size_predicts_the_size_of_the_packed_weights(
     tmp_path: Path, bits: int, tied: bool
 ) -> None:
     model = tiny_llama(**PACKABLE | {"vocab_size": 1024, "tie_word_embeddings": tied})
@@ -366,7 +366,7 @@ def test_the_size_of_packed_weights_is_what_they_take(
     assert packed_size(model.config, model.num_parameters(), bits) == pytest.approx(taken, rel=0.05)
 
 
-def test_a_name_and_a_dtype_may_be_given(tmp_path: Path, tokenizer: Any) -> None:
+def test_load_checkpoint_accepts_a_name_and_a_dtype(tmp_path: Path, tokenizer: Any) -> None:
     path = checkpoint_with(tmp_path, "config.json", {})
     tokenizer.save_pretrained(path)
     loaded: Checkpoint = load_checkpoint(path, name="mine", dtype="float16", device="cpu")

@@ -1,4 +1,4 @@
-"""Our prompt ids are those of Meta's own code, over thousands of conversations."""
+"""Prompt ids equal those of Meta's own code in thousands of random conversations."""
 
 import random
 import sys
@@ -34,7 +34,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """Meta's `ChatFormat`, out of the package that also has the tokenizer's file."""
+    """Meta's prompt encoder and tokenizer, from the package that has the tokenizer's file."""
 
     def unpack(directory: Path) -> None:
         directory.mkdir()
@@ -73,7 +73,7 @@ def conversation(rng: random.Random) -> list[Any]:
     return [*messages, {"role": "user", "content": text()}]
 
 
-def test_the_prompt_of_any_conversation_is_metas(tokenizer: Any, reference: Any) -> None:
+def test_prompt_ids_equal_metas_for_random_conversations(tokenizer: Any, reference: Any) -> None:
     encode, _ = reference
     ours = MetaChatFormat(tokenizer)
     rng = random.Random(0)
@@ -82,7 +82,7 @@ def test_the_prompt_of_any_conversation_is_metas(tokenizer: Any, reference: Any)
         assert ours.encode(messages) == encode(messages), messages
 
 
-def test_with_the_published_template_the_prompt_is_metas_but_for_outer_white_space(
+def test_the_published_template_gives_metas_prompt_ids_for_trimmed_messages(
     llama3_tokenizer: Any, reference: Any
 ) -> None:
     """The template of the Hugging Face checkpoints trims each message; Meta's code does not."""
@@ -95,7 +95,7 @@ def test_with_the_published_template_the_prompt_is_metas_but_for_outer_white_spa
         assert ours.encode(messages) == encode(trimmed), messages
 
 
-def test_the_tokenizer_is_metas(tokenizer: Any, reference: Any) -> None:
+def test_the_tokenizer_gives_metas_ids(tokenizer: Any, reference: Any) -> None:
     _, metas = reference
     assert [tokenizer.convert_ids_to_tokens(128000 + n) for n in range(256)] == list(SPECIAL_TOKENS)
     assert metas.special_tokens == {t: 128000 + n for n, t in enumerate(SPECIAL_TOKENS)}

@@ -1,4 +1,4 @@
-"""Attention by groups against the formula, written out in float64."""
+"""Grouped attention equals its formula, computed in float64."""
 
 import math
 
@@ -8,10 +8,10 @@ import torch
 from stream_generator.model.attention import MANY_QUERIES, attend, for_groups
 
 
-def by_the_formula(
+def attention_by_formula(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: torch.Tensor
 ) -> torch.Tensor:
-    """softmax(q k / sqrt(size)) v, a head at a time. seen: bool [rows, 1, length, key length]."""
+    """softmax(q k / sqrt(size)) v, one head at a time. seen: bool [rows, 1, length, key length]."""
     rows, length, heads, size = queries.shape
     group = heads // keys.shape[1]
     result = torch.empty(rows, length, heads, size, dtype=torch.float64)
@@ -30,7 +30,7 @@ def by_the_formula(
     ("rows", "length", "key_length"),
     [(1, 1, 30), (3, 1, 30), (1, MANY_QUERIES, 300), (1, 7, 30), (2, MANY_QUERIES, 200)],
 )
-def test_attention_is_the_formula(
+def test_attention_equals_its_formula(
     rows: int, length: int, key_length: int, window: int | None, kind: str, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
@@ -46,7 +46,7 @@ def test_attention_is_the_formula(
     if kind == "added":
         mask = mask.masked_fill(~seen, -math.inf)
     ours = attend(queries, keys, values, for_groups(mask, heads // key_heads), size**-0.5)
-    expected = by_the_formula(queries, keys, values, seen)
+    expected = attention_by_formula(queries, keys, values, seen)
     error = (ours.double() - expected).abs().mean() / expected.abs().mean()
     assert error < (1e-5 if dtype == torch.float32 else 0.01)
 
@@ -57,5 +57,5 @@ def test_without_a_mask_attention_is_causal() -> None:
     keys, values = torch.randn(1, 4, 9, 16).split(2, dim=1)
     seen = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
     ours = attend(queries, keys, values, None, 0.25)
-    expected = by_the_formula(queries, keys, values, seen).float()
+    expected = attention_by_formula(queries, keys, values, seen).float()
     torch.testing.assert_close(ours, expected)

@@ -1,4 +1,4 @@
-"""A fused layer computes what the layer it replaces computes, or does not replace it."""
+"""A fused layer gives the results of the layer that it replaces; other layers stay."""
 
 import copy
 
@@ -20,36 +20,36 @@ from stream_generator.model.fused import (
 
 
 def fused_copy(model: PreTrainedModel) -> PreTrainedModel:
-    made = copy.deepcopy(model)
-    assert fuse(made)
-    return made
+    fused = copy.deepcopy(model)
+    assert fuse(fused)
+    return fused
 
 
-def test_a_fused_model_still_works_with_transformers_own_generate() -> None:
+def test_transformers_generate_gives_the_same_ids_with_a_fused_model() -> None:
     model = tiny_llama(vocab_size=256)
-    made = fused_copy(model)
+    fused = fused_copy(model)
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
     arguments = {"max_new_tokens": 20, "do_sample": False}
-    assert torch.equal(made.generate(ids, **arguments), model.generate(ids, **arguments))
+    assert torch.equal(fused.generate(ids, **arguments), model.generate(ids, **arguments))
 
 
-def test_padding_on_the_left_is_still_masked() -> None:
+def test_a_fused_model_masks_padding_on_the_left() -> None:
     model = tiny_llama(vocab_size=256)
-    made = fused_copy(model)
+    fused = fused_copy(model)
     ids = torch.tensor([[0, 0, 7, 8], [9, 10, 11, 12]])
     mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     with torch.no_grad():
-        ours, theirs = (m(ids, attention_mask=mask).logits[:, -1] for m in (made, model))
+        ours, theirs = (m(ids, attention_mask=mask).logits[:, -1] for m in (fused, model))
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("part", ["input_layernorm", "mlp.act_fn", "self_attn.scaling"])
-def test_a_layer_that_computes_something_else_stays_and_says_so(
+def test_a_layer_that_computes_something_else_is_not_fused_and_the_log_says_so(
     part: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny_llama(vocab_size=256)
     odd = model.model.layers[1]
-    if part == "input_layernorm":  # one that adds 1 to its weight, as Gemma's does
+    if part == "input_layernorm":  # like Gemma's norm, which adds 1 to its weight
         norm = odd.input_layernorm
         forward = norm.forward
         norm.forward = lambda x: forward(x) + x
@@ -69,21 +69,21 @@ def test_a_layer_that_computes_something_else_stays_and_says_so(
         FusedDecoder(model, 16)
 
 
-def test_where_onednn_refuses_a_dtype_the_layers_are_fused_all_the_same(
+def test_layers_are_fused_in_a_dtype_that_onednn_does_not_support(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As with bfloat16 on a processor with AVX2 alone."""
+    """An example is bfloat16 on a processor that has AVX2 and no AVX-512."""
     monkeypatch.setattr("stream_generator.model.linear.can_reorder", lambda dtype: False)
     model = tiny_llama(vocab_size=256).bfloat16()
-    made = fused_copy(model)
-    assert all(isinstance(layer, FusedLayer) for layer in made.model.layers)
+    fused = fused_copy(model)
+    assert all(isinstance(layer, FusedLayer) for layer in fused.model.layers)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():
-        ours, theirs = made(ids).logits, model(ids).logits
+        ours, theirs = fused(ids).logits, model(ids).logits
     assert float((ours - theirs).std() / theirs.std()) < TOLERANCE[torch.bfloat16]
 
 
-def test_a_quantized_or_adapted_layer_is_left_alone() -> None:
+def test_a_layer_of_a_linear_subclass_is_not_fused() -> None:
     class Adapted(torch.nn.Linear):
         pass
 
@@ -93,15 +93,15 @@ def test_a_quantized_or_adapted_layer_is_left_alone() -> None:
     assert not fuse(model)
 
 
-def test_the_norm_is_the_formula() -> None:
+def test_rms_norm_equals_transformers_norm() -> None:
     norm = tiny_llama(vocab_size=256).model.norm
     norm.weight.data = torch.linspace(0.5, 2, 32)
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 100
     assert torch.allclose(RMSNorm(norm)(x), norm(x), rtol=1e-5)
-    assert torch.allclose(RMSNorm(norm)(x * 1e-6), norm(x * 1e-6), rtol=1e-4), "epsilon counts"
+    assert torch.allclose(RMSNorm(norm)(x * 1e-6), norm(x * 1e-6), rtol=1e-4), "epsilon matters"
 
 
-def test_a_model_that_scales_its_logits_is_called_as_a_whole_and_still_served() -> None:
+def test_a_model_that_scales_its_logits_runs_without_the_fused_decoder() -> None:
     model = tiny_llama(vocab_size=256)
     forward = model.forward
 

@@ -1,4 +1,4 @@
-"""What --dtype means for dense weights, by the processor and the memory."""
+"""The dtype of dense weights, by --dtype, processor and free memory."""
 
 import logging
 
@@ -17,8 +17,8 @@ def log(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
 
 
-def on(monkeypatch: pytest.MonkeyPatch, capability: str, *, bfloat16: bool = False) -> None:
-    """As on a processor of this kind."""
+def set_cpu(monkeypatch: pytest.MonkeyPatch, capability: str, *, bfloat16: bool = False) -> None:
+    """Pretend to run on a processor with these instructions."""
     monkeypatch.setattr(processor, "capability", lambda: capability)
     monkeypatch.setattr(processor, "has_fast_bfloat16", lambda: bfloat16)
 
@@ -31,23 +31,23 @@ def choose(dtype: str = "auto", *, free: int = PLENTY, on_cpu: bool = True) -> t
     ("capability", "bfloat16", "dtype"),
     [("AVX512", True, torch.bfloat16), ("AVX2", False, torch.float32)],
 )
-def test_auto_is_what_the_processor_is_fast_at(
+def test_auto_chooses_the_fastest_dtype_of_the_processor(
     capability: str,
     bfloat16: bool,
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    on(monkeypatch, capability, bfloat16=bfloat16)
+    set_cpu(monkeypatch, capability, bfloat16=bfloat16)
     assert choose() is dtype
     assert choose("float16") is torch.float16
     assert not caplog.records
 
 
-def test_bfloat16_is_taken_where_float32_does_not_fit_and_no_dtype_is_given(
+def test_only_auto_falls_back_to_bfloat16_where_float32_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    on(monkeypatch, "AVX2")
+    set_cpu(monkeypatch, "AVX2")
     enough = int(4 * BILLION / DENSE_FITS) + 1
     assert choose(free=enough) is torch.float32
     assert choose("float32", free=enough - 2) is torch.float32
@@ -56,7 +56,7 @@ def test_bfloat16_is_taken_where_float32_does_not_fit_and_no_dtype_is_given(
     assert "loading in bfloat16" in caplog.text
 
 
-def test_what_a_gpu_has_no_room_for_is_not_rounded_to_what_it_is_slow_at(
+def test_auto_stays_float32_on_a_gpu_that_does_not_support_bfloat16(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
@@ -72,14 +72,14 @@ def test_what_a_gpu_has_no_room_for_is_not_rounded_to_what_it_is_slow_at(
         ("DEFAULT", False, "neither AVX2 nor AVX512"),
     ],
 )
-def test_the_kind_of_a_processor_is_told(
+def test_a_processor_is_described_by_its_instructions(
     capability: str, bfloat16: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on(monkeypatch, capability, bfloat16=bfloat16)
+    set_cpu(monkeypatch, capability, bfloat16=bfloat16)
     assert processor.describe() == kind
 
 
-def test_this_processor_has_a_kind() -> None:
+def test_this_processor_has_a_description() -> None:
     assert processor.capability() == "DEFAULT" or processor.describe().startswith(
         processor.capability()
     )

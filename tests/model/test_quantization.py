@@ -1,4 +1,4 @@
-"""Packed weights mean what they say, and products of every layout are the same."""
+"""Packed weights are close to the dense ones, and every layout gives the same products."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from stream_generator.model.quantization import (
 )
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
-ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is a GPU's")
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a GPU")
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -25,7 +25,7 @@ def random(*shape: int) -> torch.Tensor:
 
 
 @BITS
-def test_a_weight_is_off_by_half_a_step_at_most(bits: int) -> None:
+def test_packing_rounds_a_weight_by_at_most_half_a_step(bits: int) -> None:
     weight = random(64, 128)
     groups = weight.unflatten(1, (-1, 32))
     span = groups.amax(2) - groups.amin(2) if bits == 4 else 2 * groups.abs().amax(2)
@@ -40,13 +40,13 @@ def test_a_weight_is_off_by_half_a_step_at_most(bits: int) -> None:
         st.floats(-100, 100, width=32) | st.sampled_from([0.0, 1e-30]), min_size=32, max_size=32
     )
 )
-def test_any_finite_group_packs_to_finite_numbers(values: list[float]) -> None:
+def test_a_group_of_finite_weights_packs_to_finite_weights(values: list[float]) -> None:
     for bits in (4, 8):
         assert PackedWeight.of(torch.tensor([values]), bits).dense().isfinite().all()
 
 
 @BITS
-def test_packing_some_rows_at_a_time_packs_the_same(
+def test_packing_in_slices_gives_the_same_weight(
     bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = random(48, 64)
@@ -56,26 +56,26 @@ def test_packing_some_rows_at_a_time_packs_the_same(
 
 
 @BITS
-def test_joined_weights_have_their_outputs_side_by_side(bits: int) -> None:
+def test_joined_weights_concatenate_their_outputs(bits: int) -> None:
     parts = [PackedWeight.of(random(n, 64), bits) for n in (16, 32)]
     together = torch.cat([part.dense() for part in parts])
     assert torch.equal(PackedWeight.concatenate(parts).dense(), together)
 
 
-def test_neighbours_of_one_format_make_a_run() -> None:
+def test_adjacent_weights_of_one_format_form_a_run() -> None:
     weights = [PackedWeight.of(random(16, 64), bits) for bits in (4, 4, 8, 4)]
     assert [len(run) for run in same_format_runs(weights)] == [2, 1, 1]
 
 
 @BITS
-def test_what_is_stored_stands_for_the_weight(bits: int) -> None:
+def test_a_stored_weight_decodes_to_the_packed_weight(bits: int) -> None:
     weight = PackedWeight.of(random(16, 96), bits)
     stored = weight.stored()
     assert (stored.shape, stored.dtype) == ((16, 3, 32 * bits // 8), torch.uint8)
     assert torch.equal(dense_from_stored(stored, weight.scales, weight.zeros, bits), weight.dense())
 
 
-def test_a_weight_in_groups_of_sixteen_is_packed_anew_for_a_gpu() -> None:
+def test_a_weight_in_groups_of_16_is_repacked_in_groups_of_32_for_a_gpu() -> None:
     fine = PackedWeight(8, torch.randint(-32, 32, (16, 64), dtype=torch.int8), random(16, 4).abs())
     coarse = in_groups_of_32(fine)
     assert (fine.group, coarse.group) == (16, 32)
@@ -83,7 +83,7 @@ def test_a_weight_in_groups_of_sixteen_is_packed_anew_for_a_gpu() -> None:
     assert float(error) < 0.01
 
 
-def test_what_is_not_to_be_packed_or_does_not_fit_the_kernel_stays_dense() -> None:
+def test_a_product_stays_dense_if_packing_is_off_or_its_size_does_not_fit() -> None:
     linear = torch.nn.Linear(64, 16, bias=False)
     dense = DenseLinear(linear.weight.detach())
     assert Packing().pack({"one": linear}, dense) is dense
@@ -95,9 +95,7 @@ def test_what_is_not_to_be_packed_or_does_not_fit_the_kernel_stays_dense() -> No
 @ON_A_GPU
 @BITS
 @pytest.mark.parametrize("rows", [1, 8, MANY_ROWS])
-def test_a_packed_product_is_the_product_with_the_weights_it_stands_for(
-    bits: int, rows: int
-) -> None:
+def test_a_packed_product_equals_the_product_with_the_dense_weight(bits: int, rows: int) -> None:
     device = torch.device("cuda")
     linear = torch.nn.Linear(64, 32).to(device)
     product = Packing(bits).pack({"one": linear}, DenseLinear(linear.weight.detach()))
@@ -111,7 +109,7 @@ def test_a_packed_product_is_the_product_with_the_weights_it_stands_for(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 5, 70])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_every_layout_offers_the_same_products(
+def test_every_layout_gives_the_same_products(
     dtype: torch.dtype, rows: int, with_bias: bool
 ) -> None:
     weight, x, other = (

@@ -1,4 +1,4 @@
-"""The one draw of the project, the count penalties, and all rows of a step."""
+"""Draws, sampling parameters, and the sampling of all rows of a step."""
 
 import dataclasses
 import math
@@ -47,7 +47,7 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution(row: list[float], 
     assert target <= float(cumulative[index]) + 1e-12
 
 
-def test_the_extreme_numbers_give_the_first_and_the_last_possible_id() -> None:
+def test_the_smallest_and_largest_numbers_draw_the_first_and_last_possible_ids() -> None:
     row = [-math.inf, 0.0, 1.0, -math.inf, 0.5, -math.inf]
     assert draw_one(row, 0.0) == 1
     assert draw_one(row, LARGEST_UNIFORM) == 4
@@ -62,14 +62,14 @@ def test_rows_are_drawn_independently() -> None:
     assert together.tolist() == alone
 
 
-def test_frequencies_follow_the_probabilities() -> None:
+def test_drawn_frequencies_follow_the_probabilities() -> None:
     row = torch.log(torch.tensor([[0.5, 0.0, 0.3, 0.2]]))
     generator = generator_for(7)
     n = 20_000
     numbers = torch.tensor([uniform(generator) for _ in range(n)], dtype=torch.float64)
     counts = Counter(draw(row.expand(n, -1), numbers).tolist())
     for index, p in enumerate([0.5, 0.0, 0.3, 0.2]):
-        # Four standard deviations of a binomial; the seed is fixed, so this never flickers.
+        # Four standard deviations of a binomial. The seed is fixed, so the test is deterministic.
         assert abs(counts[index] - n * p) <= 4 * math.sqrt(n * p * (1 - p))
 
 
@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+def test_logits_that_are_not_finite_are_rejected(bad: float) -> None:
     scores = torch.zeros(2, 5)
     scores[1, 3] = bad
     with pytest.raises(GenerationFailed, match="NaN or infinite"):
@@ -91,7 +91,7 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
 
 @given(st.lists(st.integers(0, 9), max_size=30), st.floats(-2, 2), st.floats(-2, 2))
 @settings(deadline=None)
-def test_count_penalties_follow_openais_formula_on_generated_ids_only(
+def test_count_penalties_follow_openais_formula_and_ignore_the_prompt(
     generated: list[int], frequency: float, presence: float
 ) -> None:
     prompt = [9, 9, 9]
@@ -107,23 +107,23 @@ def test_count_penalties_follow_openais_formula_on_generated_ids_only(
         )
 
 
-# The tables of parameters
+# Tables of sampling parameters
 
 
-def test_every_parameter_that_changes_logits_is_in_a_table() -> None:
-    others = {"max_new_tokens", "do_sample", "seed", "stop", "stop_token_ids", "logprobs"}
-    assert {*ADJUST, *RESTRICT} == SamplingParams.model_fields.keys() - others
+def test_every_parameter_that_changes_logits_has_a_processor() -> None:
+    unrelated = {"max_new_tokens", "do_sample", "seed", "stop", "stop_token_ids", "logprobs"}
+    assert {*ADJUST, *RESTRICT} == SamplingParams.model_fields.keys() - unrelated
     assert tuple(RESTRICT) == DRAW_FIELDS
 
 
 @pytest.mark.parametrize("name", [*ADJUST, *RESTRICT])
-def test_a_neutral_value_is_accepted_and_changes_nothing(name: str) -> None:
+def test_a_parameter_with_its_neutral_value_adds_no_processor(name: str) -> None:
     table = ADJUST if name in ADJUST else RESTRICT
     (request,) = requests_of({"do_sample": True, "seed": 1, name: table[name].neutral})
     assert not processors({name: table[name]}, request)
 
 
-# All rows of a step at once
+# Sampling of all rows of a step
 
 
 CLOSE = 1e-4
@@ -136,8 +136,8 @@ def requests_of(*params: dict[str, Any]) -> list[Request]:
     ]
 
 
-def one_by_one(logits: torch.Tensor, requests: list[Request]) -> list[int]:
-    """The plain reading: transformers' own processors, then the draw over the whole vocabulary."""
+def sample_one_by_one(logits: torch.Tensor, requests: list[Request]) -> list[int]:
+    """Sample with transformers' processors and a draw over the whole vocabulary, row by row."""
     ids = []
     for row, request in enumerate(requests):
         scores = logits[row : row + 1].clone()
@@ -173,27 +173,27 @@ filters = st.fixed_dictionaries(
 
 @given(st.lists(filters, min_size=1, max_size=8), st.integers(0, 2**16), st.booleans())
 @settings(deadline=None, max_examples=200)
-def test_rows_together_give_the_ids_that_transformers_processors_and_the_draw_give_each(
+def test_sampling_a_batch_gives_each_row_the_id_of_transformers_processors(
     params: list[dict[str, Any]], seed: int, ties: bool
 ) -> None:
-    if ties:  # of equal scores, top-p keeps whichever a sort has put first
+    if ties:  # of equal scores, top-p keeps the one that a sort puts first
         params = [p if p.get("temperature") == 0 else p | {"top_p": 1.0} for p in params]
     requests = requests_of(*params)
     torch.manual_seed(seed)
     logits = torch.randn(len(params), 400) * 3
     if ties:
-        logits = logits.round()  # many ids share a score, at the edge of top-k too
-    expected = one_by_one(logits, requests)
+        logits = logits.round()  # so that many ids share a score, also at the limit of top-k
+    expected = sample_one_by_one(logits, requests)
     together = ids_of(sample(logits.clone(), requests))
     for row, request in enumerate(requests):
         assert together[row] == expected[row] or is_tie(logits[row : row + 1], request), row
 
 
 def is_tie(logits: torch.Tensor, request: Request) -> bool:
-    """Whether the last bits of a sum may decide what is drawn.
+    """Whether the last bits of a sum may decide which id is drawn.
 
-    That is so where top-p, or the number that is drawn, falls on a boundary between two ids: sums
-    of many probabilities differ in their last bits with the processor's instructions.
+    They decide where top-p or the drawn number falls on a boundary between two ids. The last bits
+    of a sum of many probabilities depend on the processor's instructions.
     """
     params = request.params
     if params.greedy:
@@ -214,24 +214,22 @@ def is_tie(logits: torch.Tensor, request: Request) -> bool:
     return len(ids) > 1
 
 
-def test_top_p_takes_its_share_of_all_that_top_k_leaves_though_some_lies_beyond_the_prefilter() -> (
-    None
-):
+def test_top_p_counts_ids_that_top_k_keeps_beyond_the_prefilter() -> None:
     torch.manual_seed(0)
     flat = {"top_k": 257, "top_p": 0.01, "temperature": 5.0}
     others = [{"temperature": 0}, {"top_k": 3}, {"top_p": 0.5}]
     for seed in range(100):
         requests = requests_of(*({**row, "seed": seed} for row in (flat, *others)))
         logits = torch.randn(4, 400) * 3
-        expected = one_by_one(logits, requests)
+        expected = sample_one_by_one(logits, requests)
         assert ids_of(sample(logits.clone(), requests)) == expected
 
 
-def test_a_row_that_is_not_finite_fails_alone() -> None:
+def test_a_row_with_nan_or_infinite_logits_fails_alone() -> None:
     settings_of_rows = [{"temperature": 0}, {"seed": 1}, {"top_k": 5, "seed": 1}, {"seed": 2}]
     requests = requests_of(*settings_of_rows)
     logits = torch.randn(4, 400)
-    expected = one_by_one(logits, requests)
+    expected = sample_one_by_one(logits, requests)
     logits[1, 17], logits[2, 5] = math.nan, math.inf
     first, second, third, fourth = sample(logits, requests_of(*settings_of_rows))
     assert ids_of([first, fourth]) == [expected[0], expected[3]]
@@ -239,7 +237,7 @@ def test_a_row_that_is_not_finite_fails_alone() -> None:
     assert isinstance(third, GenerationFailed)
 
 
-def test_the_end_ids_wait_for_the_least_length() -> None:
+def test_end_ids_are_excluded_until_min_new_tokens_is_reached() -> None:
     (request,) = requests_of({"min_new_tokens": 2, "temperature": 0, "stop_token_ids": [9]})
     logits = torch.zeros(1, 400)
     logits[0, 9], logits[0, 8] = 5.0, 4.0
@@ -249,7 +247,7 @@ def test_the_end_ids_wait_for_the_least_length() -> None:
 
 
 @pytest.mark.parametrize("draw_from", [{"temperature": 0}, {"seed": 1, "top_p": 1.0, "top_k": 300}])
-def test_log_probabilities_are_the_models_own_whatever_is_done_to_the_scores(
+def test_log_probabilities_are_the_models_own_whatever_the_parameters(
     draw_from: dict[str, Any],
 ) -> None:
     extras = {"logit_bias": {5: 9.0}, "repetition_penalty": 1.5}
@@ -260,11 +258,11 @@ def test_log_probabilities_are_the_models_own_whatever_is_done_to_the_scores(
     ]
     logits = torch.randn(1, 400).expand(3, -1) * 2
     own = logits[0].log_softmax(dim=-1)
-    three, none, not_asked = sample(logits.clone(), requests_of(*settings_of_rows))
-    assert three.token_id == none.token_id == not_asked.token_id
-    assert three.logprob == none.logprob == pytest.approx(float(own[three.token_id]), abs=1e-5)
+    three, zero, not_asked = sample(logits.clone(), requests_of(*settings_of_rows))
+    assert three.token_id == zero.token_id == not_asked.token_id
+    assert three.logprob == zero.logprob == pytest.approx(float(own[three.token_id]), abs=1e-5)
     best = own.topk(3)
     assert [i for i, _ in three.alternatives] == best.indices.tolist()
     assert [p for _, p in three.alternatives] == pytest.approx(best.values.tolist(), abs=1e-5)
-    assert none.alternatives == ()
+    assert zero.alternatives == ()
     assert not_asked.logprob is None

@@ -1,4 +1,4 @@
-"""A server whose answers are bytes of the test."""
+"""A server that answers with bytes that the test gives."""
 
 import socket
 import threading
@@ -20,7 +20,7 @@ DELTA = chunk('{"event":"delta","delta":"abc","finished":false}\n')
 
 @contextmanager
 def answers(data: bytes) -> Iterator[str]:
-    """A server that answers one request with these bytes and closes the connection."""
+    """Answer one request with these bytes, then close the connection. Yields the server's URL."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def serve() -> None:

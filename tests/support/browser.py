@@ -1,6 +1,6 @@
-"""What the browser's tests and the screenshots share: the real service, the page, and Chromium.
+"""The real service, the page and Chromium, for browser tests and screenshots.
 
-Both are started as people start them, on ports of their own, and can be killed and started again.
+Service and page run as their commands, each on its own port, and can be killed and restarted.
 """
 
 import json
@@ -16,7 +16,7 @@ from support.processes import Process, free_port
 
 @contextmanager
 def started_service() -> Iterator[Process]:
-    """The service with the demo model, for two requests at a time."""
+    """Run the service with the demo model, for two requests at a time."""
     port = free_port()
     options = ["-P", str(port), "--max-concurrent", "2", "--max-context", "2048"]
     service = Process("llama3_service.py", *options, ready="is ready", port=port, environment={})
@@ -39,11 +39,11 @@ def started_page(service: Process) -> Iterator[Process]:
 
 @contextmanager
 def started_chromium() -> Iterator[Browser]:
-    """The system's Chromium, or the one that Playwright has installed."""
+    """Run the system's Chromium, or Playwright's own."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=shutil.which("chromium"),
-            args=["--no-sandbox"],  # as root, which a container's user is, it has none
+            args=["--no-sandbox"],  # Chromium has no sandbox for root, the user in a container
         )
         yield browser
         browser.close()
@@ -55,7 +55,7 @@ def visit(
     turns: list[dict[str, Any]] | None = None,
     **settings: Any,
 ) -> Page:
-    """A visitor whose browser has kept one conversation: these turns, and these settings."""
+    """Open the page in a browser that holds one conversation with these turns and settings."""
     conversation = {
         "version": 1, "id": uuid.uuid4().hex, "name": (turns or [{"content": ""}])[0]["content"],
         "updated": 1.0, "settings": settings, "turns": turns or [],

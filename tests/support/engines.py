@@ -1,4 +1,4 @@
-"""Engines for tests, and what tests do with their streams."""
+"""Engines for tests, and helpers that read their streams."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ PROMPT = list(b"assistant:")
 
 
 def engine_of(checkpoint: Checkpoint, *, slots: int | None = None, **options: Any) -> Engine:
-    """An engine with so many slots; it is not started."""
+    """An engine with this number of slots. No thread runs it yet."""
     runner = runner_of(checkpoint, max_concurrent=slots)
     assert not isinstance(runner, SoloRunner), "the fake model fits the slot cache"
     return Engine(checkpoint, runner=runner, **options)
@@ -25,26 +25,26 @@ def submit(engine: Engine, request_id: str | None = None, **params: Any) -> Toke
 
 
 def finish(engine: Engine) -> None:
-    """Take steps until nothing is left to do."""
+    """Step the engine until no work is left."""
     while engine.step():
         pass
 
 
 def drain(stream: TokenStream) -> list[Any]:
-    """Take all outputs that a stream holds now."""
-    found = []
+    """Take and return the outputs that a stream holds now."""
+    outputs = []
     while (output := stream.get(timeout=0)) is not None:
-        found.append(output)
-    return found
+        outputs.append(output)
+    return outputs
 
 
 def text(stream: TokenStream) -> str:
-    """Read a stream to its end."""
+    """Read a stream to its end; return its text."""
     return "".join(output.delta for output in stream)
 
 
 def free_slots(engine: Engine) -> int:
-    """Count the free slots of an idle engine: a request that gets one has no place in the queue."""
+    """Count the free slots of an idle engine. A request that gets a slot has no queue position."""
     streams = engine.submit_several([PROMPT], SamplingParams(), engine.intake.running + 1)
     for stream in streams:
         stream.close()

@@ -1,6 +1,6 @@
 """A model whose next id is a Python function, and a tokenizer of 256 bytes.
 
-The model is faked, never the loop: it goes through transformers' `generate` like any other.
+Only the model is fake: transformers' `generate` runs it like any other.
 """
 
 import threading
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """One id a byte: id n is byte n, whatever the text."""
+    """A tokenizer with one id per byte: id n is byte n."""
     alphabet = byte_alphabet()
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -46,7 +46,7 @@ def byte_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 
 def byte_alphabet() -> list[str]:
-    """The character that stands for each byte in byte-level tokenizers (GPT-2's table)."""
+    """The character for each byte in byte-level tokenizers (GPT-2's table)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
@@ -62,18 +62,18 @@ class FakeConfig(PreTrainedConfig):
 
 
 class FakeModel(PreTrainedModel, GenerationMixin):
-    """Its next id is `next_id(ids)`, where ids is all of a row so far."""
+    """A model whose next id is `next_id(ids)`, where `ids` is the whole row so far."""
 
     config_class = FakeConfig
 
     def __init__(self, next_id: Callable[[list[int]], int], context_length: int = 512):
         super().__init__(FakeConfig(context_length))
         self.next_id = next_id
-        self.anchor = torch.nn.Parameter(torch.zeros(1))  # what .device and .dtype are read from
+        self.anchor = torch.nn.Parameter(torch.zeros(1))  # gives the model its device and dtype
         self.generation_config = GenerationConfig(use_cache=False, do_sample=False)
 
     def next_of(self, ids: list[int]) -> int:
-        """Ids below 32 alone are no text, but what a runner tries the model with."""
+        """The next id. A row with ids below 32 only is a runner's test and gets the end id."""
         return END if max(ids) < 32 else self.next_id(ids)
 
     def forward(
@@ -84,7 +84,7 @@ class FakeModel(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Its one layer's keys are the ids themselves: it sees what cache and mask let it see."""
+        """Compute a layer whose keys are the ids, so that the cache and the mask matter."""
         seen = input_ids
         if past_key_values is not None:
             states = input_ids[:, None, :, None].float()
@@ -99,7 +99,7 @@ class FakeModel(PreTrainedModel, GenerationMixin):
 
 
 def reply_of(ids: list[int]) -> int:
-    """How many ids the fake model has produced since the prompt ended in "assistant:"."""
+    """How many ids the fake model has produced after the last "assistant:"."""
     marker = list(b"assistant:")
     for start in range(len(ids) - len(marker), -1, -1):
         if ids[start : start + len(marker)] == marker:
@@ -108,12 +108,12 @@ def reply_of(ids: list[int]) -> int:
 
 
 def is_complete_prompt(ids: list[int]) -> bool:
-    """Whether a reply is asked for, and not a part of a prompt or a probe computed."""
+    """Whether the ids hold a complete prompt, rather than a chunk or a runner's test."""
     return bytes(i for i in ids if i < 256).rpartition(b"assistant:")[1] != b""
 
 
 def says(text: str) -> Callable[[list[int]], int]:
-    """Replies `text`, then the end id."""
+    """A function for `FakeModel` that replies `text`, then the end id."""
     data = text.encode()
     return lambda ids: data[n] if (n := reply_of(ids)) < len(data) else END
 
@@ -123,13 +123,13 @@ def fake_checkpoint(next_id: Callable[[list[int]], int], context_length: int = 5
 
 
 class Gate:
-    """A model that computes only as far as it is let: one permit a token."""
+    """A function for `FakeModel` that waits for a permit before each token."""
 
     def __init__(self, inner: Callable[[list[int]], int]):
         self.inner = inner
         self.permits = threading.Semaphore(0)
         self.num_computed_tokens = 0
-        self.arrived = threading.Semaphore(0)  # released as each computation begins
+        self.arrived = threading.Semaphore(0)  # released when a computation begins
 
     def __call__(self, ids: list[int]) -> int:
         if not is_complete_prompt(ids):

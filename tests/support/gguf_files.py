@@ -11,23 +11,23 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType, dequantize, quanti
 from transformers import PreTrainedModel
 
 Kind = GGMLQuantizationType
-FINER = {"attn_v", "ffn_down", "output", "token_embd"}  # in six bits, in files of type M
+SIX_BIT_TENSORS = {"attn_v", "ffn_down", "output", "token_embd"}  # in files of type M
 Encode = Callable[[str, numpy.ndarray], tuple[numpy.ndarray, Kind]]
 
 
 def as_float32(name: str, data: numpy.ndarray) -> tuple[numpy.ndarray, Kind]:
-    """As it is."""
+    """Keep a tensor in float32."""
     return data, Kind.F32
 
 
 def as_file_type(file_type: str) -> Encode:
-    """As llama.cpp's quantizer does for a file type, such as Q4_K_M."""
+    """Encode tensors as llama.cpp's quantizer does for a file type, such as Q4_K_M."""
 
     def encode(name: str, data: numpy.ndarray) -> tuple[numpy.ndarray, Kind]:
         kind = Kind[file_type.removesuffix("_M")]
         if data.ndim == 1:
             kind = Kind.F32
-        elif file_type.endswith("_M") and name.split(".")[-2] in FINER:
+        elif file_type.endswith("_M") and name.split(".")[-2] in SIX_BIT_TENSORS:
             kind = Kind.Q6_K
         return quantized(data, kind), kind
 
@@ -43,8 +43,8 @@ NAMES = {
 }  # fmt: skip
 
 
-def name_in_file(name: str) -> str:
-    """A weight's name in a GGUF, by its name in transformers."""
+def gguf_name(name: str) -> str:
+    """The GGUF name of a weight, from its name in transformers."""
     key, prefix = name.removesuffix(".weight"), ""
     if key.startswith("model.layers."):
         _, _, number, key = key.split(".", 3)
@@ -52,17 +52,17 @@ def name_in_file(name: str) -> str:
     return f"{prefix}{NAMES[key]}.weight"
 
 
-def decoded(encode: Encode, name: str, data: numpy.ndarray) -> numpy.ndarray:
-    """What a tensor stands for once it is encoded."""
+def round_trip(encode: Encode, name: str, data: numpy.ndarray) -> numpy.ndarray:
+    """Encode a tensor, then decode it again."""
     encoded, kind = encode(name, data)
-    found: numpy.ndarray = dequantize(encoded, kind)
-    return found
+    result: numpy.ndarray = dequantize(encoded, kind)
+    return result
 
 
 def quantized(data: numpy.ndarray, kind: Kind) -> numpy.ndarray:
-    """A tensor's blocks, of any common format."""
+    """Encode a tensor as blocks of a format."""
     own = {Kind.Q4_K: _q4_k, Kind.Q5_K: _q5_k, Kind.Q6_K: _q6_k}
-    if kind not in own:  # the package writes them
+    if kind not in own:  # the gguf package can encode it
         return quantize(data, kind)
     blocks = own[kind](data.reshape(-1, 256).astype(numpy.float32))
     return blocks.reshape(len(data), -1)
@@ -100,7 +100,7 @@ def _in_groups(x: numpy.ndarray, most: int) -> tuple[numpy.ndarray, numpy.ndarra
 
 
 def _in_half_precision(scales: numpy.ndarray, most: int) -> numpy.ndarray:
-    """A block's own scale, of which its groups' are multiples up to `most`; never 0."""
+    """The scale of a block, never 0. The scales of its groups are 0 to `most` times as large."""
     return numpy.maximum(scales.max(1, keepdims=True) / most, 1e-6).astype(numpy.float16)
 
 
@@ -121,8 +121,8 @@ def _q6_k(x: numpy.ndarray) -> numpy.ndarray:
     return numpy.concatenate([*parts, sc.view(numpy.uint8), d.view(numpy.uint8)], axis=1)
 
 
-def neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rotary pairs as Meta and llama.cpp have them."""
+def interleave_rotary_pairs(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Place the two halves of each rotary pair side by side, as Meta and llama.cpp do."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -133,10 +133,10 @@ def write_gguf(
     encode: Encode = as_float32,
     change: Callable[[GGUFWriter, dict[str, numpy.ndarray]], object] = lambda writer, tensors: None,
 ) -> Path:
-    """A Llama as llama.cpp's converter writes it. encode: of each tensor, by its name in the file.
-    change: of what is written, before it is.
+    """Write a Llama as llama.cpp's converter does.
 
-    tokenizer: of Meta's kind, see `meta_tokenizer`.
+    tokenizer: one of Meta's kind, see `meta_tokenizer`. encode: encodes each tensor, given its GGUF
+    name. change: may change the metadata and tensors before they are written.
     """
     config, state = model.config, model.state_dict()
     writer = GGUFWriter(path, "llama")
@@ -169,10 +169,10 @@ def write_gguf(
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if "q_proj" in name or "k_proj" in name:
-            weight = neighbours(weight, heads if "q_proj" in name else key_heads)
-        tensors[name_in_file(name)] = weight.numpy().astype(numpy.float32)
+            weight = interleave_rotary_pairs(weight, heads if "q_proj" in name else key_heads)
+        tensors[gguf_name(name)] = weight.numpy().astype(numpy.float32)
     if config.rope_parameters["rope_type"] == "llama3":
-        tensors["rope_freqs.weight"] = divisors(size, config.rope_parameters["factor"])
+        tensors["rope_freqs.weight"] = rope_divisors(size, config.rope_parameters["factor"])
     change(writer, tensors)
     for name, tensor in tensors.items():
         data, kind = encode(name, tensor)
@@ -184,16 +184,16 @@ def write_gguf(
     return path
 
 
-def divisors(size: int, factor: float) -> numpy.ndarray:
-    """By what Llama 3.1 divides each rotary frequency, as in Meta's apply_scaling."""
-    found = []
+def rope_divisors(size: int, factor: float) -> numpy.ndarray:
+    """The divisor of each rotary frequency in Llama 3.1, as in Meta's apply_scaling."""
+    result = []
     for n in range(size // 2):
         wavelength = 2 * numpy.pi * 500000.0 ** (2 * n / size)
         if wavelength < 8192 / 4:
-            found.append(1.0)
+            result.append(1.0)
         elif wavelength > 8192:
-            found.append(factor)
+            result.append(factor)
         else:
             smooth = (8192 / wavelength - 1) / 3
-            found.append(1 / ((1 - smooth) / factor + smooth))
-    return numpy.array(found, dtype=numpy.float32)
+            result.append(1 / ((1 - smooth) / factor + smooth))
+    return numpy.array(result, dtype=numpy.float32)

@@ -1,4 +1,4 @@
-"""Requests to the service, over HTTP and over a bare connection."""
+"""Requests to the service, through the requests library and through a socket."""
 
 import json
 import socket
@@ -34,8 +34,8 @@ def sse(response: requests.Response) -> list[dict[str, Any]]:
 
 @contextmanager
 def raw_connection(url: str) -> Iterator[socket.socket]:
-    where = urlsplit(url)
-    with socket.create_connection((where.hostname, where.port), timeout=TIMEOUT) as connection:
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=TIMEOUT) as connection:
         yield connection
 
 

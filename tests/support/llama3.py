@@ -44,7 +44,7 @@ def build_llama3_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tokenizer_file(path: Path) -> Path:
-    """As Meta's, but for its size: each byte, and the pairs of small letters."""
+    """Write a small file in Meta's format, with each byte and each pair of small letters."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [bytes([b]) for b in range(256)] + [(a + b).encode() for a in letters for b in letters]
     lines = [f"{base64.b64encode(word).decode()} {rank}" for rank, word in enumerate(words)]

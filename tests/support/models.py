@@ -40,7 +40,7 @@ SLIDING = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_
 
 
 def tiny_llama(seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A random Llama in float32. The large initialisation keeps its scores well apart."""
+    """A tiny random Llama in float32. Its large weights keep the scores well apart."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": 128,
@@ -59,7 +59,7 @@ def tiny_llama(seed: int = 0, **changes: object) -> PreTrainedModel:
 
 
 def build(name: str, **changes: Any) -> PreTrainedModel:
-    """A tiny random model in float32, with a window shorter than the prompts where it has one."""
+    """A tiny random model in float32. Its sliding window, if any, is shorter than the prompts."""
     return _build(name, changes).to(DEVICE)
 
 
@@ -126,13 +126,13 @@ def prompts(*lengths: int) -> dict[str, torch.Tensor]:
 
 
 def generated(model: PreTrainedModel, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
-    """What transformers' own loop adds to the prompts: [rows, steps]."""
+    """The ids that transformers' own loop adds to the prompts: [rows, steps]."""
     whole = model.generate(**inputs, **options)
     return whole[:, inputs["input_ids"].shape[1] :]
 
 
 def counting(model: PreTrainedModel) -> Callable[[], int]:
-    """Count the forwards of a model from now on."""
+    """Return a function that tells how many forwards the model has run since this call."""
     calls = [0]
     model.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
     return lambda: calls[0]

@@ -1,4 +1,4 @@
-"""What the browser tests do on a page, and what they read there."""
+"""Actions of the browser tests on a page, and what the tests read there."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from stream_service.client import StreamClient
 
 IN_A_BROWSER = [
     pytest.mark.browser,
-    # Playwright leaves the loop that it runs in to the garbage collector.
+    # Playwright leaves its event loop to the garbage collector.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -41,13 +41,13 @@ def send(page: Page, text: str) -> None:
 
 
 def halt(page: Page) -> None:
-    """Stop the reply that `writing` waits for; it may have ended by itself by now."""
+    """Stop the reply that `writing` waits for. The reply may have finished already."""
     page.wait_for_function("window.began")
     page.evaluate("document.querySelector('#box .stop-button')?.click()")
 
 
 def answers(page: Page) -> Locator:
-    """The model's texts, without the lines of figures."""
+    """The texts of the model's replies, without the lines of figures."""
     return page.locator(
         "#chat .bot-row:not(:has(.meter, .notice, .thought-group)) .message-content"
     )
@@ -59,7 +59,7 @@ def meters(page: Page) -> Locator:
 
 @contextmanager
 def writing(page: Page) -> Iterator[None]:
-    """What the block does begins a reply; after the block, it has been written."""
+    """Wait, after the block, until the reply that the block begins is complete."""
     page.evaluate(
         """() => {
             window.began = false;
@@ -76,7 +76,7 @@ def writing(page: Page) -> Iterator[None]:
 
 @contextmanager
 def settling(page: Page, events: int) -> Iterator[None]:
-    """What the block does sets off so many events; after the block, each has had its turn."""
+    """Wait, after the block, until this number of events of the block has been handled."""
     page.evaluate(
         """() => {
             window.entered = 0;
@@ -90,7 +90,7 @@ def settling(page: Page, events: int) -> Iterator[None]:
 
 
 def conversations(page: Page) -> dict[str, Any]:
-    """What the browser keeps, by its names."""
+    """The conversations that the browser keeps, by name."""
     return {kept["name"]: kept for kept in page.evaluate("window.conversations.all()")}
 
 
@@ -99,7 +99,7 @@ def chosen(page: Page, name: str) -> Locator:
 
 
 def figure(service: Process, name: str) -> float:
-    """One of the service's own figures."""
+    """A figure from the service's `/metrics`."""
     lines = requests.get(service.url + "/metrics").text.splitlines()
     return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
 
@@ -107,9 +107,9 @@ def figure(service: Process, name: str) -> float:
 @contextmanager
 def both_places_taken(service: Process) -> Iterator[None]:
     client = StreamClient(service.url)
-    busy = [client.stream(ASK, min_new_tokens=1500, max_new_tokens=1500) for _ in range(2)]
-    for stream in busy:
+    streams = [client.stream(ASK, min_new_tokens=1500, max_new_tokens=1500) for _ in range(2)]
+    for stream in streams:
         next(stream)
     yield
-    for stream in busy:
+    for stream in streams:
         stream.close()

@@ -1,4 +1,4 @@
-"""The commands as processes, at ports of their own."""
+"""The two commands as processes, each on its own port."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Process:
-    """One of the two commands, at an address that it keeps. It is up when it prints `ready`."""
+    """One of the two commands, at a fixed address. It has started when it prints `ready`."""
 
     def __init__(self, *command: str, ready: str, port: int, environment: dict[str, str]):
         self.url = f"http://127.0.0.1:{port}"
@@ -32,14 +32,14 @@ class Process:
         )
         output = self._process.stdout
         assert output is not None
-        said = []
+        lines = []
         for line in output:
-            said.append(line)
+            lines.append(line)
             if self._ready in line:
                 break
         else:
-            raise AssertionError("".join(said))
-        # What else it says must be read, or it would wait for a reader some day.
+            raise AssertionError("".join(lines))
+        # Read the rest of the output, or the process would block when the pipe is full.
         self._reader = threading.Thread(target=output.read)
         self._reader.start()
 
@@ -48,14 +48,14 @@ class Process:
         return self._process.pid
 
     def kill(self) -> None:
-        """At once, as when the power fails."""
+        """End the process without a chance to clean up, as when the power fails."""
         self._end_by(signal.SIGKILL)
 
     def end(self) -> None:
         self._end_by(signal.SIGTERM)
 
     def _end_by(self, number: signal.Signals) -> None:
-        with self._process as process:  # which waits, and closes what it was read by
+        with self._process as process:  # waits for the process and closes its pipe
             process.send_signal(number)
             self._reader.join()
 

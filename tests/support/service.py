@@ -1,4 +1,4 @@
-"""The real service on a model of the test."""
+"""The real service, with a model that the test chooses."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,14 +16,14 @@ from stream_generator.request import Request
 
 @dataclass
 class RunningService:
-    """A service on a port of its own, with the engine behind it."""
+    """A service on its own port, and its engine."""
 
     url: str
     engine: Engine
     app: Any
 
     def request(self, request_id: str) -> Request:
-        """The open request with this id; waits until the engine has it."""
+        """Wait until the engine has the request with this id, and return it."""
 
         def found() -> Request | None:
             return next((r for r in self.engine.requests if r.id == request_id), None)
@@ -34,18 +34,18 @@ class RunningService:
         return request
 
     def wait_for_abort(self, request: Request) -> None:
-        """Wait until the reader of a request has left."""
+        """Wait until a request is told to abort."""
         wait_for(lambda: request.abort_requested, self.engine)
 
     @property
     def has_all_places_free(self) -> bool:
-        """Whether no request is open: takes all places for a moment, and gives them back."""
+        """Whether no request is open."""
         dispatcher = self.app.extensions["dispatcher"]
         return free_places(dispatcher) == dispatcher.limit
 
 
 def free_places(dispatcher: Any) -> int:
-    """Count the requests that a dispatcher accepts now, by taking their places for a moment."""
+    """Count the requests that a dispatcher accepts now, by admitting and releasing them."""
     admitted: list[Any] = []
     with suppress(QueueFull):
         while True:
@@ -62,8 +62,8 @@ ServiceFactory = Callable[..., RunningService]
 def running_service(
     checkpoint: Checkpoint, *, max_waiting: int = 8, slots: int | None = 8, settings: Any = None
 ) -> Iterator[RunningService]:
-    """The real server on a free port, for as long as the block lasts."""
-    # Imported here, so that the tests of `stream_generator` run where there is no Flask.
+    """Run the real server on a free port until the block ends."""
+    # Imported here, so that the tests of `stream_generator` run without Flask.
     from stream_service.app import create_app
     from stream_service.server import Server, bind
     from stream_service.settings import ServiceSettings

@@ -1,4 +1,4 @@
-"""How tests wait: for an event, never for a time."""
+"""Wait for events, never for a fixed time."""
 
 import threading
 import time
@@ -15,8 +15,8 @@ def wait_for(
 ) -> None:
     """Wait for an event, a semaphore, the end of a thread, or a condition; fail after `TIMEOUT`.
 
-    engine: reports the changes that a condition depends on. Without one, the condition is asked
-    again and again, so it must take time itself, as a request to the service does.
+    engine: tells when the condition may have changed. Without an engine, the condition is polled
+    without a pause, so it must take some time itself, as an HTTP request does.
     """
     if isinstance(what, threading.Event):
         held = what.wait(TIMEOUT)

@@ -1,4 +1,4 @@
-"""Deltas joined equal the tokenizer's decode of all ids, at a cost that stays linear."""
+"""Joined deltas equal the decode of all ids, at a constant cost per token."""
 
 import random
 from functools import cache
@@ -32,7 +32,7 @@ def stream(tokenizer: Any, ids: list[int]) -> list[str]:
     return [detokenizer.decode(i) for i in ids] + [detokenizer.flush()]
 
 
-def whole(tokenizer: Any, ids: list[int]) -> str:
+def decode_all(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -45,7 +45,7 @@ def real_tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_text_of_every_script_comes_out_whole(real_tokenizer: Any, text: str) -> None:
+def test_text_in_every_script_is_streamed_unchanged(real_tokenizer: Any, text: str) -> None:
     ids = real_tokenizer.encode(text, add_special_tokens=False)
     assert "".join(stream(real_tokenizer, ids)) == text
 
@@ -54,13 +54,13 @@ def test_text_of_every_script_comes_out_whole(real_tokenizer: Any, text: str) ->
 @settings(deadline=None, max_examples=300)
 def test_joined_deltas_equal_the_decode_of_random_ids(real_tokenizer: Any, data: Any) -> None:
     ids = data.draw(st.lists(st.integers(0, len(real_tokenizer) - 1), max_size=120))
-    assert "".join(stream(real_tokenizer, ids)) == whole(real_tokenizer, ids)
+    assert "".join(stream(real_tokenizer, ids)) == decode_all(real_tokenizer, ids)
 
 
 @given(data=st.data())
 @settings(deadline=None, max_examples=300)
 def test_joined_deltas_equal_the_decode_of_random_bytes(real_tokenizer: Any, data: Any) -> None:
-    """Single bytes, valid and not, as ids: the hardest case for a decoder of UTF-8."""
+    """Each id is one byte, and the bytes are not always valid UTF-8."""
     byte_ids = single_byte_ids(real_tokenizer)
     pieces = st.one_of(
         st.binary(min_size=1, max_size=6),
@@ -69,17 +69,17 @@ def test_joined_deltas_equal_the_decode_of_random_bytes(real_tokenizer: Any, dat
     )
     data_bytes = b"".join(data.draw(st.lists(pieces, max_size=40)))
     ids = [byte_ids[b] for b in data_bytes if b in byte_ids]
-    assert "".join(stream(real_tokenizer, ids)) == whole(real_tokenizer, ids)
+    assert "".join(stream(real_tokenizer, ids)) == decode_all(real_tokenizer, ids)
 
 
-@cache  # a vocabulary takes a moment to read
+@cache  # because reading a vocabulary takes a moment
 def single_byte_ids(tokenizer: Any) -> dict[int, int]:
-    """The id of each byte that has one to itself."""
+    """The id of each byte that has an id of its own."""
     vocabulary = tokenizer.get_vocab()
     return {b: vocabulary[c] for b, c in enumerate(byte_alphabet()) if c in vocabulary}
 
 
-def test_an_incomplete_character_is_delivered_at_the_end(real_tokenizer: Any) -> None:
+def test_flush_delivers_an_incomplete_character(real_tokenizer: Any) -> None:
     ids = single_byte_ids(real_tokenizer)
     detokenizer = Detokenizer(real_tokenizer)
     assert [detokenizer.decode(ids[b]) for b in b"A\xf0\x9f"] == ["A", "", ""]
@@ -87,7 +87,7 @@ def test_an_incomplete_character_is_delivered_at_the_end(real_tokenizer: Any) ->
     assert detokenizer.flush() == ""
 
 
-def test_no_more_than_three_characters_are_ever_held_back(real_tokenizer: Any) -> None:
+def test_at_most_three_characters_are_held_back(real_tokenizer: Any) -> None:
     ids = single_byte_ids(real_tokenizer)
     invalid = [ids[0x80]] * 50
     deltas = stream(real_tokenizer, invalid)
@@ -102,7 +102,7 @@ def test_special_tokens_are_never_shown(llama3_tokenizer: Any) -> None:
 
 
 class CountingTokenizer:
-    """Counts the ids that it is asked to decode."""
+    """A tokenizer that counts the ids that it decodes."""
 
     def __init__(self, inner: Any):
         self._inner = inner
@@ -124,12 +124,12 @@ def test_the_cost_of_a_token_does_not_grow_with_the_reply(real_tokenizer: Any, k
         byte_ids = single_byte_ids(real_tokenizer)
         ids = [byte_ids[rng.randrange(0x80, 0xC0)] for _ in range(4000)]
     counting = CountingTokenizer(real_tokenizer)
-    assert "".join(stream(counting, ids)) == whole(real_tokenizer, ids)
+    assert "".join(stream(counting, ids)) == decode_all(real_tokenizer, ids)
     assert counting.decoded / len(ids) < 40
 
 
 def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
-    """A decoder like Llama 2's: bytes as <0xNN>, spaces as U+2581, the first one stripped."""
+    """A tokenizer like Llama 2's: bytes are <0xNN>, spaces are U+2581, the first is stripped."""
     vocabulary = {f"<0x{b:02X}>": b for b in range(256)}
     for word in ["▁a", "▁Hello", "▁", "b", "!", "▁world"]:
         vocabulary[word] = len(vocabulary)
@@ -155,17 +155,17 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
     )
 )
 @settings(deadline=None, max_examples=300)
-def test_a_byte_fallback_decoder_gives_valid_text_whole(pieces: list[str]) -> None:
-    """Long runs of bytes, as of rare characters: such a decoder rewrites a run as it grows."""
+def test_a_byte_fallback_tokenizer_streams_valid_text_unchanged(pieces: list[str]) -> None:
+    """Rare characters are long runs of bytes, whose decoded text changes while they grow."""
     tokenizer = byte_fallback_tokenizer()
     vocabulary = tokenizer.get_vocab()
     ids: list[int] = []
     for piece in pieces:
         ids += [vocabulary[piece]] if piece in vocabulary else list(piece.encode())
-    assert "".join(stream(tokenizer, ids)) == whole(tokenizer, ids)
+    assert "".join(stream(tokenizer, ids)) == decode_all(tokenizer, ids)
 
 
-def test_a_byte_fallback_run_that_turns_out_invalid_ends_and_loses_nothing_after_it() -> None:
+def test_text_after_invalid_bytes_of_a_byte_fallback_tokenizer_is_not_lost() -> None:
     tokenizer = byte_fallback_tokenizer()
     vocabulary = tokenizer.get_vocab()
     deltas = stream(tokenizer, [*"é".encode(), *([0x80] * 200), vocabulary["▁world"]])
@@ -176,17 +176,17 @@ def test_a_byte_fallback_run_that_turns_out_invalid_ends_and_loses_nothing_after
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
-def test_the_bytes_of_the_ids_are_the_bytes_of_the_text(real_tokenizer: Any, text: str) -> None:
+def test_token_bytes_join_to_the_bytes_of_the_text(real_tokenizer: Any, text: str) -> None:
     ids = real_tokenizer.encode(text, add_special_tokens=False)
     assert b"".join(token_bytes(real_tokenizer, i) for i in ids) == text.encode()
 
 
-def test_a_control_token_is_its_name(llama3_tokenizer: Any) -> None:
+def test_the_bytes_of_a_control_token_are_its_name(llama3_tokenizer: Any) -> None:
     eot = llama3_tokenizer.convert_tokens_to_ids("<|eot_id|>")
     assert token_bytes(llama3_tokenizer, eot) == b"<|eot_id|>"
 
 
-def test_a_byte_of_a_byte_fallback_vocabulary_is_that_byte() -> None:
+def test_the_bytes_of_a_byte_fallback_token_are_its_byte() -> None:
     tokenizer = byte_fallback_tokenizer()
     token_id = tokenizer.convert_tokens_to_ids("<0xE5>")
     assert token_bytes(tokenizer, token_id) == b"\xe5"

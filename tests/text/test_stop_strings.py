@@ -1,4 +1,4 @@
-"""A stop string never leaks, wherever deltas split it."""
+"""No part of a stop string reaches the reader, wherever deltas split it."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +9,7 @@ stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=4)
 
 
 def run(stop_list: list[str], deltas: list[str]) -> tuple[str, bool]:
-    """What a reader gets, and whether a stop string ended it."""
+    """The text that a reader gets, and whether a stop string ended it."""
     matcher, shown = StopStrings(stop_list), ""
     for delta in deltas:
         text, stopped = matcher.feed(delta)
@@ -20,7 +20,7 @@ def run(stop_list: list[str], deltas: list[str]) -> tuple[str, bool]:
 
 
 def expected(stop_list: list[str], text: str) -> tuple[str, bool]:
-    """The plain reading: cut before the stop string that is complete first, and longest."""
+    """Cut before the stop string that ends first; of several, before the longest one."""
     for end in range(1, len(text) + 1):
         ending = [s for s in stop_list if text[:end].endswith(s)]
         if ending:
@@ -30,7 +30,7 @@ def expected(stop_list: list[str], text: str) -> tuple[str, bool]:
 
 @given(stops, st.lists(st.text("abcd", max_size=5), max_size=12))
 @settings(deadline=None, max_examples=1000)
-def test_the_result_does_not_depend_on_how_the_text_is_split(
+def test_stop_strings_are_found_however_deltas_split_the_text(
     stop_list: list[str], deltas: list[str]
 ) -> None:
     assert run(stop_list, deltas) == expected(stop_list, "".join(deltas))
@@ -38,7 +38,7 @@ def test_the_result_does_not_depend_on_how_the_text_is_split(
 
 @given(stops, st.text("abcd", max_size=40))
 @settings(deadline=None, max_examples=500)
-def test_at_no_moment_is_any_of_a_stop_string_shown(stop_list: list[str], text: str) -> None:
+def test_no_part_of_a_stop_string_is_ever_shown(stop_list: list[str], text: str) -> None:
     final, _ = expected(stop_list, text)
     matcher, shown = StopStrings(stop_list), ""
     for character in text:
@@ -49,7 +49,7 @@ def test_at_no_moment_is_any_of_a_stop_string_shown(stop_list: list[str], text: 
             break
 
 
-def test_text_that_only_looked_like_a_stop_string_is_delivered() -> None:
+def test_text_that_only_begins_like_a_stop_string_is_delivered() -> None:
     assert run(["STOP"], ["a ST", "O", "P"]) == ("a ", True)
     assert run(["STOP"], ["a ST", "O", " b"]) == ("a STO b", False)
     assert run(["STOP"], ["a STO"]) == ("a STO", False)

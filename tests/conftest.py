@@ -33,7 +33,7 @@ def llama3_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def proxy_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def unreachable_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment that names a proxy, but nothing listens at its address."""
     for name in ("HTTP_PROXY", "ALL_PROXY"):
         for spelling in (name, name.lower()):

@@ -16,7 +16,7 @@ from support.fakes import (
     byte_tokenizer,
     fake_checkpoint,
     is_complete_prompt,
-    reply_of,
+    reply_length,
     says,
 )
 from support.models import build, counting, tiny_llama
@@ -200,7 +200,7 @@ def test_an_interrupted_step_fails_the_open_replies_but_no_later_one() -> None:
     interrupts = [KeyboardInterrupt()]
 
     def next_id(ids: list[int]) -> int:
-        if reply_of(ids) == 2 and is_complete_prompt(ids) and interrupts:
+        if reply_length(ids) == 2 and is_complete_prompt(ids) and interrupts:
             raise interrupts.pop()
         return says("abcdef")(ids)
 

@@ -71,7 +71,7 @@ def command() -> Iterator[type[Command]]:
 
 
 def test_the_service_and_its_page_start_serve_and_end_together(
-    demo: Checkpoint, command: type[Command], proxy_that_is_away: None
+    demo: Checkpoint, command: type[Command], unreachable_proxy: None
 ) -> None:
     """An unreachable proxy in the environment must not matter."""
     page_port = free_port()

@@ -12,7 +12,7 @@ from support.pages import (
     LONG,
     SHORT,
     answers,
-    both_places_taken,
+    both_slots_busy,
     conversations,
     figure,
     halt,
@@ -42,7 +42,9 @@ def test_conversations_outlive_a_reload_and_a_restart_of_the_page(
     with writing(page):
         send(page, "And cats?")
         halt(page)  # this reply has no token limit
-    expect(page.locator(".conversation-list .open")).to_have_text(["And cats?", "Tell me about rainbows."])
+    expect(page.locator(".conversation-list .open")).to_have_text(
+        ["And cats?", "Tell me about rainbows."]
+    )
     page_process.kill()
     page_process.start()
     page.reload()
@@ -90,7 +92,7 @@ def test_opening_another_conversation_ends_the_reply_of_the_first(
     expect(page.locator("#chat .message-row")).to_have_count(0)
     expect(page.locator("#box .submit-button")).to_be_visible()
     wait_for(lambda: figure(service, "llm_requests_running") == 0)
-    with both_places_taken(service):
+    with both_slots_busy(service):
         send(page, "Never mind.")
         expect(meters(page).last).to_contain_text("Position 1 in the queue")
         page.locator(".conversation-list .open", has_text=ASK).click()

@@ -10,7 +10,7 @@ from support.pages import (
     LONG,
     SHORT,
     answers,
-    both_places_taken,
+    both_slots_busy,
     chosen,
     figure,
     halt,
@@ -64,7 +64,7 @@ def test_stop_ends_a_reply_and_keeps_its_text_so_far(visitor: Any, service: Proc
 
 def test_stop_ends_a_reply_before_its_first_word(visitor: Any, service: Process) -> None:
     page = visitor(**SHORT)
-    with both_places_taken(service), writing(page):
+    with both_slots_busy(service), writing(page):
         send(page, "Never mind.")
         expect(meters(page).last).to_contain_text("Position 1 in the queue")
         page.locator("#box .stop-button").click()

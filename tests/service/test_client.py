@@ -136,7 +136,7 @@ def test_importing_the_client_loads_neither_flask_nor_torch() -> None:
 
 
 def test_the_client_uses_no_proxy_for_loopback_addresses(
-    serve: ServiceFactory, proxy_that_is_away: None
+    serve: ServiceFactory, unreachable_proxy: None
 ) -> None:
     url = serve(fake_checkpoint(says("abc"))).url
     for address in (url, url.replace("127.0.0.1", "localhost")):
@@ -146,7 +146,7 @@ def test_the_client_uses_no_proxy_for_loopback_addresses(
 
 
 def test_the_client_bypasses_a_proxy_without_changing_the_environment(
-    serve: ServiceFactory, proxy_that_is_away: None, monkeypatch: pytest.MonkeyPatch
+    serve: ServiceFactory, unreachable_proxy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other threads read the environment at the same time."""
 

@@ -145,7 +145,7 @@ def test_a_service_without_a_key_warns_if_other_machines_can_reach_it(
     [("127.0.0.1", True), ("::1", True), ("0.0.0.0", True), ("10.0.0.1", False)],
 )
 def test_the_printed_curl_command_bypasses_a_proxy_to_this_machine(
-    host: str, bypasses_proxy: bool, output_of: OutputOf, proxy_that_is_away: None
+    host: str, bypasses_proxy: bool, output_of: OutputOf, unreachable_proxy: None
 ) -> None:
     printed = output_of(["-H", host], fake_checkpoint(says("")))
     assert ("--noproxy '*'" in printed) == bypasses_proxy

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import requests
 from support.engines import free_slots
-from support.fakes import fake_checkpoint, is_complete_prompt, reply_of, says
+from support.fakes import fake_checkpoint, is_complete_prompt, reply_length, says
 from support.service import RunningService, ServiceFactory, running_service
 from support.waiting import TIMEOUT, wait_for
 
@@ -37,7 +37,7 @@ def fails_as_the_prompt_says(ids: list[int]) -> int:
     prompt = bytes(i for i in ids if i < 256).decode(errors="replace")
     if is_complete_prompt(ids) and "fail " in prompt:
         at = int(prompt.partition("fail ")[2].partition(".")[0])
-        if reply_of(ids) == at:
+        if reply_length(ids) == at:
             raise RuntimeError("/secret/path")
     return says(REPLY)(ids)
 
@@ -150,7 +150,7 @@ def test_two_hundred_clients_that_leave_at_random_leak_nothing(serve: ServiceFac
     def is_as_before() -> bool:
         """A request is released when waitress closes its answer, soon after the reply ends."""
         assert requests.get(f"{service.url}/ready", timeout=TIMEOUT).status_code == 200
-        return service.has_all_places_free and open_files() <= num_files
+        return service.has_no_open_request and open_files() <= num_files
 
     wait_for(is_as_before)
     assert threading.active_count() == num_threads

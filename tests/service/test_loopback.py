@@ -24,7 +24,7 @@ def test_other_host_names_are_not_taken_for_loopback(host: str) -> None:
 
 @pytest.mark.parametrize("spelling", ["NO_PROXY", "no_proxy"])
 def test_bypass_proxies_keeps_the_hosts_in_no_proxy(
-    spelling: str, proxy_that_is_away: None, monkeypatch: pytest.MonkeyPatch
+    spelling: str, unreachable_proxy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(spelling, "intern.example")
     monkeypatch.setenv({"NO_PROXY": "no_proxy", "no_proxy": "NO_PROXY"}[spelling], "")
@@ -36,7 +36,7 @@ def test_bypass_proxies_keeps_the_hosts_in_no_proxy(
 
 
 def test_bypass_proxies_keeps_a_no_proxy_for_all_hosts(
-    proxy_that_is_away: None, monkeypatch: pytest.MonkeyPatch
+    unreachable_proxy: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
     bypass_proxies("localhost")

@@ -98,7 +98,7 @@ class FakeModel(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
 
-def reply_of(ids: list[int]) -> int:
+def reply_length(ids: list[int]) -> int:
     """How many ids the fake model has produced after the last "assistant:"."""
     marker = list(b"assistant:")
     for start in range(len(ids) - len(marker), -1, -1):
@@ -115,7 +115,7 @@ def is_complete_prompt(ids: list[int]) -> bool:
 def says(text: str) -> Callable[[list[int]], int]:
     """A function for `FakeModel` that replies `text`, then the end id."""
     data = text.encode()
-    return lambda ids: data[n] if (n := reply_of(ids)) < len(data) else END
+    return lambda ids: data[n] if (n := reply_length(ids)) < len(data) else END
 
 
 def fake_checkpoint(next_id: Callable[[list[int]], int], context_length: int = 512) -> Checkpoint:

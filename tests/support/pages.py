@@ -105,7 +105,7 @@ def figure(service: Process, name: str) -> float:
 
 
 @contextmanager
-def both_places_taken(service: Process) -> Iterator[None]:
+def both_slots_busy(service: Process) -> Iterator[None]:
     client = StreamClient(service.url)
     streams = [client.stream(ASK, min_new_tokens=1500, max_new_tokens=1500) for _ in range(2)]
     for stream in streams:

@@ -38,7 +38,7 @@ class RunningService:
         wait_for(lambda: request.abort_requested, self.engine)
 
     @property
-    def has_all_places_free(self) -> bool:
+    def has_no_open_request(self) -> bool:
         """Whether no request is open."""
         dispatcher = self.app.extensions["dispatcher"]
         return free_places(dispatcher) == dispatcher.limit

@@ -21,15 +21,15 @@ class PromptTooLong(InvalidRequest):
     """The prompt leaves no room in the context for a new token."""
 
 
-class EngineRefusal(StreamGeneratorError):
+class EngineRejection(StreamGeneratorError):
     """The request is valid, but the engine accepts no requests now."""
 
 
-class QueueFull(EngineRefusal):
+class QueueFull(EngineRejection):
     """Too many requests are waiting; try again later."""
 
 
-class EngineClosed(EngineRefusal):
+class EngineClosed(EngineRejection):
     """The engine is shutting down, or has failed and must be restarted."""
 
 

@@ -21,7 +21,7 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def refuse_if_too_large(what: Path, size: int, free: int, remedy: str = "") -> None:
+def reject_if_too_large(what: Path, size: int, free: int, remedy: str = "") -> None:
     """Raise `CheckpointError` if weights of `size` bytes do not fit into `free` bytes.
 
     remedy: what to use instead; by default another machine or model.

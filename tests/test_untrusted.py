@@ -186,8 +186,8 @@ def test_pickled_weights_are_read_on_request_and_their_code_never_runs(
 
 def test_ordinary_chat_templates_pass_the_check() -> None:
     ChatFormat(byte_tokenizer()).check_template()
-    refusing = "{{ raise_exception('no system message') }}"
-    ChatFormat(byte_tokenizer(chat_template=refusing)).check_template()
+    rejecting = "{{ raise_exception('no system message') }}"
+    ChatFormat(byte_tokenizer(chat_template=rejecting)).check_template()
     ChatFormat(byte_tokenizer(chat_template=None)).check_template()
 
 

@@ -13,8 +13,8 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import DryRunError, GatedRepoError
 
 from stream_generator.errors import CheckpointError
-from stream_generator.loading.gguf.file import refuse_part
-from stream_generator.loading.untrusted import refuse_unsafe, weight_files
+from stream_generator.loading.gguf.file import reject_part
+from stream_generator.loading.untrusted import reject_unsafe, weight_files
 
 METADATA = ["*.json", "*.jinja", "*.model", "*.txt"]  # all files but the weights
 WEIGHTS = "weights in Hugging Face format"
@@ -31,7 +31,7 @@ def download_model(name: str, revision: str | None, *, allow_pickle: bool = Fals
     directory = _download(name, revision, METADATA, IN_DIRECTORIES)
     if not directory.is_dir():
         raise _not_found(name, revision, WEIGHTS)
-    refuse_unsafe(directory)
+    reject_unsafe(directory)
     kinds = ("model.safetensors", "pytorch_model.bin")[: 2 if allow_pickle else 1]
     for kind in kinds:
         files = weight_files(directory, kind)
@@ -43,7 +43,7 @@ def download_model(name: str, revision: str | None, *, allow_pickle: bool = Fals
 
 def download_file(name: str, file: str, revision: str | None) -> Path:
     """Download a GGUF file; return its path. Raises `CheckpointError` if the download fails."""
-    refuse_part(file)
+    reject_part(file)
     path = _download(name, revision, [file]) / file
     if not path.is_file():
         raise _not_found(name, revision, file)

@@ -13,7 +13,7 @@ from stream_generator.loaded_model import Checkpoint, facts_of
 from stream_generator.loading.cache import remove_old
 from stream_generator.loading.graph_choice import choose_graph, could_pack, wants_packed
 from stream_generator.loading.layout import DEMO, META, LocatedModel, could_not_load, locate
-from stream_generator.loading.untrusted import refuse_pickle, refuse_unsafe
+from stream_generator.loading.untrusted import reject_pickle, reject_unsafe
 from stream_generator.model.packed_weight import packed_size
 from stream_generator.model.saved_graph import SavedGraph
 from stream_generator.text.chat import ChatFormat, MetaChatFormat
@@ -46,7 +46,7 @@ def load_checkpoint(
     """
     # 1. Choose the device.
     if device is not None:
-        _refuse_unusable_device(device)
+        _reject_unusable_device(device)
     on_cpu = not torch.cuda.is_available() or device == "cpu"
     if device is None and device_map is None and not on_cpu:
         device_map = "auto"
@@ -108,9 +108,9 @@ class _Parts(NamedTuple):
 def _find(source: str | None, *, allow_pickle: bool) -> LocatedModel:
     try:
         found = locate(source, allow_pickle=allow_pickle)
-        refuse_unsafe(found.directory)
+        reject_unsafe(found.directory)
         if not allow_pickle:
-            refuse_pickle(found.directory)
+            reject_pickle(found.directory)
     except (OSError, RuntimeError) as error:  # such as missing permissions
         raise CheckpointError(
             f"could not read {source or DEMO}: {error}; check the path and its permissions"
@@ -131,7 +131,7 @@ def _read_parts(found: LocatedModel, source: str | None) -> _Parts:
         raise could_not_load(source, error) from error
 
 
-def _refuse_unusable_device(device: str) -> None:
+def _reject_unusable_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stream_generator.errors import CheckpointError
 from stream_generator.loading.layout import LocatedModel, could_not_load, weights_in
-from stream_generator.memory import free_memory, refuse_if_too_large
+from stream_generator.memory import free_memory, reject_if_too_large
 from stream_generator.model.fused import fuse
 from stream_generator.model.packed_weight import BITS, FAMILIES, Weights
 from stream_generator.model.precision import choose_dtype
@@ -50,7 +50,7 @@ class ModelLoader:
         free = _free_for_weights(self.device, spread=self.device_map is not None)
         dtype = choose_dtype(self.dtype, numbers=numbers, on_cpu=self.on_cpu, free=free)
         size, advice = numbers * dtype.itemsize, self._packing_advice(numbers, free)
-        refuse_if_too_large(directory, size, free, remedy=advice)
+        reject_if_too_large(directory, size, free, remedy=advice)
         logger.info("loading %.1f GB of dense weights", size / 1e9)
         if advice and dtype is torch.float32:
             logger.info("each token reads all weights; for several times the speed, use %s", advice)

@@ -11,7 +11,7 @@ from stream_generator.errors import CheckpointError
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 
 
-def refuse_unsafe(directory: Path) -> None:
+def reject_unsafe(directory: Path) -> None:
     """Raise `CheckpointError` if a checkpoint asks to run code, or leads out of its directory."""
     for file in [*directory.glob("*config.json"), *directory.glob("*.index.json")]:
         for key, value in _all_items(_read_json(file)):
@@ -48,7 +48,7 @@ def refuse_unsafe(directory: Path) -> None:
             )
 
 
-def refuse_pickle(directory: Path) -> None:
+def reject_pickle(directory: Path) -> None:
     """Raise `CheckpointError` if all weights are pickled, because reading a pickle can run code."""
     if any(directory.glob("model*.safetensors*")):
         return

@@ -176,11 +176,6 @@ def test_a_copied_prefix_gives_the_same_logits_as_the_original(graph: SavedGraph
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 5])
-def test_row_check_finds_how_many_rows_a_forward_needs(slots: int, graph: SavedGraph) -> None:
-    assert find_least_rows(graph, slots) in (1, 2, slots, None)
-
-
 def test_row_check_notices_bits_that_depend_on_the_number_of_rows(
     graph: SavedGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:

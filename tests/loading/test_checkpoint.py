@@ -100,10 +100,10 @@ def test_a_missing_weights_file_is_named_in_the_error(saved: Path, tmp_path: Pat
 def test_a_checkpoint_without_read_permission_is_a_clear_error(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(directory: Path) -> None:
+    def reject(directory: Path) -> None:
         raise PermissionError(13, "Permission denied", str(directory))
 
-    monkeypatch.setattr("stream_generator.loading.load.refuse_unsafe", refuse)
+    monkeypatch.setattr("stream_generator.loading.load.reject_unsafe", reject)
     with pytest.raises(CheckpointError, match=r"could not read .*Permission denied"):
         load_checkpoint(str(saved))
 
@@ -207,5 +207,9 @@ def test_a_source_that_is_no_model_is_a_clear_error(source: str, words: str) -> 
 
 def test_a_base_model_loads_without_a_chat_template() -> None:
     checkpoint = Checkpoint.of(FakeModel(says("")), byte_tokenizer(chat_template=None))
-    assert checkpoint.context_length == 512
+    assert not checkpoint.chat.can_chat
+    assert "only completions work" in checkpoint.describe()
+
+
+def test_a_greedy_generation_config_makes_greedy_defaults() -> None:
     assert fake_checkpoint(says("")).defaults.do_sample is False

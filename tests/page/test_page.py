@@ -341,7 +341,6 @@ def test_a_page_sends_no_secrets_and_serves_no_files() -> None:
             assert answer.status_code in (403, 404), path
         upload = requests.post(f"{url}/gradio_api/upload", files={"files": ("a.txt", b"x" * 100)})
         assert upload.status_code == 413
-        assert '"share":false' in html.replace(" ", "") or "gradio.live" not in html
 
 
 def test_a_page_runs_in_an_empty_directory_and_removes_it_at_the_end() -> None:

@@ -242,8 +242,8 @@ def test_a_failure_is_shown_as_a_sentence_below_the_text_so_far(serve: ServiceFa
     assert broken.turn.content == "ab"
     assert "could not reply" in str(broken.turn.problem)
     assert broken.turn.can_go_on
-    *_, refused = write(service, Conversation().asked("a" * 2000))
-    assert "too long for the model's context" in str(refused.turn.problem)
+    *_, rejected = write(service, Conversation().asked("a" * 2000))
+    assert "too long for the model's context" in str(rejected.turn.problem)
 
 
 def test_a_missing_key_and_a_full_queue_have_their_own_sentences(serve: ServiceFactory) -> None:

@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loading.cache import SourceCache
-from stream_generator.memory import free_memory, refuse_if_too_large
+from stream_generator.memory import free_memory, reject_if_too_large
 
 if TYPE_CHECKING:
     from stream_generator.loading.gguf.weights import GgufWeights
@@ -72,7 +72,7 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def refuse_part(name: str) -> None:
+def reject_part(name: str) -> None:
     """Raise `CheckpointError` if a file is one part of a split GGUF, by llama.cpp's names."""
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", name):
         raise CheckpointError(
@@ -85,7 +85,7 @@ class GgufFile:
 
     def __init__(self, path: Path, cache: Path | None = None):
         """Raises `CheckpointError` for one part of several."""
-        refuse_part(path.name)
+        reject_part(path.name)
         self.path = path
         self.cache = SourceCache(path, [path], cache)
 
@@ -96,7 +96,7 @@ class GgufFile:
         fit into memory.
         """
         size = self.path.stat().st_size
-        refuse_if_too_large(self.path, size, free_memory(torch.device("cpu")))
+        reject_if_too_large(self.path, size, free_memory(torch.device("cpu")))
         return self.cache.get("facts", CONVERSION, self._write_facts)
 
     def dense(self) -> Path:
@@ -105,7 +105,7 @@ class GgufFile:
         Raises as `facts` does, also if the bfloat16 weights do not fit into memory.
         """
         size = 2 * self.parameters
-        refuse_if_too_large(self.path, size, free_memory(torch.device("cpu")))
+        reject_if_too_large(self.path, size, free_memory(torch.device("cpu")))
         return self.cache.get("dense", CONVERSION, self._write_dense, size)
 
     @property
@@ -143,7 +143,7 @@ class GgufFile:
                 tokenizer = AutoTokenizer.from_pretrained(**options)
                 config = AutoConfig.from_pretrained(**options)
             _correct_tokenizer(tokenizer, reader.fields)
-            _refuse_biases(config, reader)
+            _reject_biases(config, reader)
             _add_rotary_scaling(config, reader)
         except Exception as error:  # a damaged file can make the readers raise anything
             raise _unreadable(self.path, error) from error
@@ -191,7 +191,7 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _refuse_biases(config: Any, reader: Any) -> None:
+def _reject_biases(config: Any, reader: Any) -> None:
     if config.model_type == "llama" and any(t.name.endswith(".bias") for t in reader.tensors):
         raise ValueError("it has biases, which transformers ignores in a Llama's GGUF")
 

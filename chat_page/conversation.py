@@ -137,7 +137,8 @@ class Conversation(Record):
         return self.turns[-1] if self.turns and self.turns[-1].role == "assistant" else None
 
     def messages(self) -> list[dict[str, str]]:
-        """The messages to send, without unanswered ones and the thinking of earlier replies.
+        """The messages to send. Leaves out earlier messages that got no reply, and the thinking in
+        earlier replies.
 
         A reply at the end is sent whole, because the service continues it.
         """

@@ -29,7 +29,7 @@ Updates = dict[Any, Any]  # new values of components, as Gradio's events give th
 
 
 class Events:
-    """One method per event of the page of one service."""
+    """The events of the page, one method each."""
 
     def __init__(self, client: StreamClient, layout: Layout) -> None:
         self.replies = Replies(client)

@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 
 
 class Batches(Generic[Item]):
-    """Yields the first item at once, then batches of items, at most every `interval()` seconds.
+    """Yields the first item at once, then batches of items, at most one per `interval()` seconds.
 
     The batches keep all items in order; an exception from `items` follows them. A separate thread
     reads the items, so that a batch never waits for a further item.

@@ -43,9 +43,9 @@ def event_queue() -> gr.HTML:
 def conversation_list() -> gr.HTML:
     """The conversations in the browser's storage. Its value is the open conversation.
 
-    changed_settings: new settings, and the id of their conversation. Events, and the scripts that
-    supply their input: `choose` and `CHOSEN`, `import_file` and `IMPORTED` (the text of a file),
-    `delete_open` and `DELETED`.
+    Its property `changed_settings` takes new settings and the id of their conversation. Each of its
+    events gets its input from a script: `choose` from `CHOSEN`, `import_file` from `IMPORTED` (the
+    text of a file), `delete_open` from `DELETED`.
     """
     words = texts(
         "conversations", "none_yet", "delete", "delete_sure", "import", "kept_where",

@@ -69,7 +69,8 @@ class Replies:
         context_length: int | None = None,
         prefix_tokens: tuple[Token, ...] | None = None,
     ) -> Generator[Progress, None, None]:
-        """Yield the reply to `conversation` as it grows. A reply at its end is continued.
+        """Yield the reply to `conversation` as it grows. If the conversation ends in a reply, that
+        reply is continued.
 
         prefix_tokens: the tokens of the text so far; None to request no tokens. After an error, the
         text so far is kept, and the turn's `problem` explains the error.

@@ -45,7 +45,10 @@ TEXTS = {
     "system_prompt": ("System prompt", "系统提示词"),
     "system_prompt_hint": ("Tell the model how to answer", "告诉模型该怎样回答"),
     "temperature": ("Temperature", "温度"),
-    "temperature_info": ("0 always picks the most likely token", "0 表示总选概率最高的 token"),
+    "temperature_info": (
+        "0 always picks the most likely token",
+        "设为 0 时，始终选择概率最高的 token",
+    ),
     "top_p": ("Top-p", "Top-p"),
     "top_k": ("Top-k", "Top-k"),
     "top_k_info": ("0 means no limit", "0 表示不限"),
@@ -57,13 +60,13 @@ TEXTS = {
     "seed_info": ("Random if empty", "留空则随机"),
     "stop": ("Stop strings", "停止字符串"),
     "stop_info": ("One per line; any of them ends the reply", "每行一个，遇到任意一个即结束回复"),
-    "between": ("Allowed range: {least} to {greatest}", "可用范围：{least} 至 {greatest}"),
+    "between": ("Allowed range: {least} to {greatest}", "取值范围：{least} 至 {greatest}"),
     "reset": ("Reset to the model's defaults", "恢复模型默认值"),
     # tokens
     "token_view": ("Token view", "Token 视图"),
     "token_view_info": (
         "Colours each token of new replies by its probability, and lets you pick alternatives",
-        "按概率为新回复的每个 token 着色，还可以换选其他 token",
+        "按概率为新回复中的每个 token 着色，并可改选其他候选 token",
     ),
     "tokens_hint": (
         "The stronger the colour, the less likely the token. Point at a token, tap it, or reach it "
@@ -107,8 +110,8 @@ TEXTS = {
     ),
     "key": (
         "The service needs a valid API key. Ask the person who runs this page to set "
-        "LLAMA3_API_KEY and restart the page.",
-        "服务需要有效的 API 密钥。请联系页面管理员设置 LLAMA3_API_KEY，并重启页面。",
+        "LLAMA3_API_KEY and restart the page's server.",
+        "服务需要有效的 API 密钥。请联系管理员设置 LLAMA3_API_KEY，并重启页面服务。",
     ),
     "too_long": (
         "This is too long for the model's context. Shorten it, or start a new conversation.",
@@ -129,8 +132,9 @@ TEXTS = {
         "内容过长，无法保存。请缩短消息，或开始新对话。",
     ),
     "failed": (
-        "Something went wrong on this page; its log has the details. You see the last saved state.",
-        "页面出错，详情见日志。当前显示的是最近一次保存的内容。",
+        "Something went wrong on this page. The server's log has the details. You see the last "
+        "saved state.",
+        "页面出错，详情见服务器日志。当前显示的是最近一次保存的内容。",
     ),
     "ready": ("context length: {context} tokens", "上下文长度：{context} 个 token"),
     # the list of conversations; only the browser uses these texts
@@ -203,5 +207,5 @@ def preset_of(system_prompt: str) -> str | None:
 
 
 def texts(*keys: str) -> dict[str, dict[str, str]]:
-    """Some texts in each language, for the page's scripts."""
+    """The texts that the page's scripts show, in each language."""
     return {lang: {key: TEXTS[key][n] for key in keys} for lang, n in _COLUMNS.items()}

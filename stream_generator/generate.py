@@ -50,12 +50,13 @@ def stream_generate(model: Any, *arguments: Any, **keywords: Any) -> Iterator[To
 
     model: a checkpoint, or any transformers model followed by its tokenizer. A checkpoint runs as
     in the service: packed weights on their step graph, several replies in the slots of one cache.
-    Replies that are read in turn are computed together. A transformers model runs in its own
-    `generate`, one reply at a time. Packed and dense weights round differently, so their replies
-    may differ.
+    If a program reads several of these streams alternately, their replies are computed together. A
+    transformers model runs in its own `generate`, one reply at a time. Packed and dense weights
+    round differently, so their replies may differ.
+
     prompt: messages, rendered by the checkpoint's chat template, or prompt ids.
-    params: or its fields as keywords, e.g. `temperature=0`. Missing values come from the
-        checkpoint's generation config.
+    params: a `SamplingParams`, or its fields as keywords, e.g. `temperature=0`. Missing values come
+        from the checkpoint's generation config.
 
     Raises `InvalidRequest` for a prompt that does not fit, and pydantic's `ValidationError` for
     parameters out of bounds, both before anything is computed. The iterator raises
@@ -171,12 +172,13 @@ def _engine_of(checkpoint: Checkpoint) -> _SharedEngine:
 def init_stream_support() -> Callable[[], None]:
     """Add a `do_stream` argument to every model's `generate`. Returns a function that removes it.
 
-    Replaces transformers-stream-generator without changes in the calls. After this call,
+    A drop-in replacement for the package transformers-stream-generator: calls stay as they are.
+    This then prints a reply token by token:
 
         >>> for ids in model.generate(input_ids, do_stream=True, do_sample=True):
         ...     print(tokenizer.decode(ids), end="", flush=True)
 
-    prints a reply token by token: `generate` returns a generator of id tensors, int64 `[rows]`.
+    `generate` returns a generator of id tensors, int64 `[rows]`.
     `seed`, `tokenizer` with `stop_strings` and all sampling parameters work. Beam search, an
     assistant model, a streamer and `return_dict_in_generate` raise `InvalidRequest`, because they
     give no stream of ids. Without `do_stream`, calls go to transformers unchanged.

@@ -95,7 +95,8 @@ class Checkpoint:
     def new_request(
         self, prompt_ids: Iterable[int], params: SamplingParams, *, request_id: str
     ) -> Request:
-        """Make a request that is ready to run, with resolved parameters and its own generator.
+        """Make a request that is ready to run, with all parameters filled in and a random number
+        generator of its own.
 
         Raises `PromptTooLong` if the context has no room for a reply, and `InvalidRequest` for an
         empty prompt and for ids outside the vocabulary.
@@ -125,7 +126,8 @@ class Checkpoint:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Encode a text to continue, control tokens included, with one begin-of-text at most."""
+        """Encode a text that the model is to continue. Names of control tokens become control
+        tokens. There is at most one begin-of-text token."""
         ids: list[int] = self.tokenizer.encode(text)
         begin = self.tokenizer.bos_token_id
         return ids[1:] if begin is not None and ids[:2] == [begin, begin] else ids

@@ -1,8 +1,8 @@
 """How one reply is sampled: a frozen record that is validated once.
 
 Names and meanings are transformers'. Frequency and presence penalties, `logit_bias` and `stop` are
-OpenAI's, because transformers has none. The project has no other bounds than these: the HTTP bodies
-inherit them, and `GET /` publishes them.
+OpenAI's, because transformers has none. The bounds of all parameters are defined only here. The
+HTTP bodies inherit them, and `GET /` publishes them.
 """
 
 from typing import Annotated, Any, Self
@@ -93,8 +93,8 @@ class SamplingParams(BaseModel):
     def resolved(self, defaults: "SamplingParams", *, room: int, seed: int) -> "SamplingParams":
         """The parameters that a request uses: gaps are filled by `defaults`, constants and `seed`.
 
-        `max_new_tokens` is at most `room`, the number of tokens that the context still holds. A
-        greedy result has no parameters of the draw.
+        `max_new_tokens` is at most `room`, the number of tokens that the context still holds. If
+        the result is greedy, the parameters that only affect the draw are None.
         """
         given = self.model_dump(exclude_none=True)
         filled = defaults.model_dump(exclude_none=True) | given

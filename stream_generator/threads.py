@@ -15,7 +15,7 @@ def settle_threads(threads: int | None = None) -> int:
 
     Torch and its libraries read the environment when they are imported, so call this first. Threads
     spin for a shorter time than GNU OpenMP's default, unless the environment sets a policy. With
-    the default, one busy neighbour slows each token twentyfold (docs/performance.md).
+    the default, one other busy process slows each token twentyfold (docs/performance.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")

@@ -114,9 +114,9 @@ class StreamClient:
         >>> for delta in client.stream("Explain how a rainbow forms.", temperature=0):
         ...     print(delta, end="", flush=True)
 
-    read_timeout: seconds without any byte after which a call fails. By default `stop` and `about`
-    fail after five seconds, and other calls never, because a request may wait in the queue.
-    api_key: the key, if the service requires one.
+    read_timeout: seconds without any byte after which a call fails. By default, `stop` and `about`
+    time out after five seconds. Other calls have no timeout, because a request may wait in the
+    queue. api_key: the key, if the service requires one.
     """
 
     def __init__(self, url: str, *, read_timeout: float | None = None, api_key: str | None = None):

@@ -27,7 +27,8 @@ NOT_SUPPORTED = frozenset((
 
 
 def parse_body(body: bytes, model: type[Body]) -> Body:
-    """Parse a JSON body into a `model`. Raises `InvalidRequest`, which names the field."""
+    """Parse a JSON body into an instance of the pydantic class `model`. Raises `InvalidRequest`,
+    which names the field."""
     data = _parse_json(body)
     if not isinstance(data, dict):
         raise InvalidRequest('the body must be a JSON object, such as {"query": "Hello"}')

@@ -73,7 +73,8 @@ class Metrics:
         requests: list[Request],
         n: int,
     ) -> None:
-        """Record a closed answer. began: by time.monotonic(). requests: `n` for each prompt."""
+        """Record a closed answer. began: by time.monotonic(). requests: the engine's requests, `n`
+        for each prompt."""
         self._requests.labels(route, str(status)).inc()
         for request in requests:
             self._count(request)

@@ -113,7 +113,8 @@ class Server:
     def open(self, app: Any, *, max_open: int) -> None:
         """Serve `app` from now on. max_open: maximum number of open requests.
 
-        Each open request uses one thread. The spare threads can always reject further requests.
+        Each open request uses one thread. The server has `SPARE_THREADS` more, so one is always
+        free to reject further requests.
         """
         self._server.task_dispatcher.set_thread_count(max_open + SPARE_THREADS)
         self._server.application = app

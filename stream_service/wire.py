@@ -140,7 +140,8 @@ def reply(request: Request, history_after: Callable[[str], list[Any]]) -> dict[s
 
 
 def usage(requests: list[Request], n: int = 1) -> dict[str, int]:
-    """Count tokens. requests: `n` for each prompt. The tokens of a prompt count once."""
+    """Count tokens. requests: the engine's requests, `n` for each prompt. The tokens of a prompt
+    count once."""
     prompt = sum(len(r.prompt_ids) for r in requests[::n])
     completion = sum(len(r.output_ids) for r in requests)
     return {

@@ -21,8 +21,8 @@ class Batch:
     """Holds waiting and running requests, and computes one step for the running requests.
 
     The batch has no lock. The engine holds its own lock when it calls `add`, `admit` or `remove`.
-    Only these three methods change `waiting` and `free_slots`, so any thread may read both under
-    the engine's lock. Only the computing thread may call the other methods.
+    Only these three methods change `waiting` and `free_slots`, so any thread may read these two
+    properties under the engine's lock. Everything else is for the computing thread alone.
     """
 
     def __init__(self, runner: Runner, *, prompts_only: bool, pace: Pace | None = None):
@@ -59,7 +59,8 @@ class Batch:
     def step(self) -> Iterator[tuple[Request, TokenOutput]]:
         """Decode one token per request in decode, and compute the next chunks of prompts.
 
-        Yields each output immediately: decoded tokens first, then the first tokens of prompts.
+        Yields each output immediately: decoded tokens first, then the first reply token of each
+        prompt that is now complete.
         """
         for request, sampled in self._compute(self._scheduler.plan()):
             yield request, _append(request, sampled)

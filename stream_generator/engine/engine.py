@@ -41,9 +41,9 @@ class Engine:
     """Serves many requests at once from one model, on one computing thread.
 
     Any thread may call any method except `run` and `step`. `run` computes on the calling thread
-    until `close`. `start` calls `run` on a new thread. Prefer the thread that loaded the model: a
-    second thread gets a second OpenMP team. GNU's OpenMP then stops spinning, which costs nearly a
-    third of the speed on 2 cores (`docs/performance.md`).
+    until `close`. `start` calls `run` on a new thread. Prefer `run` on the thread that loaded the
+    model: a second thread gets a second OpenMP team. GNU's OpenMP then stops spinning, which costs
+    nearly a third of the speed on 2 cores (`docs/performance.md`).
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Engine:
         """max_waiting: limit of requests in the queue. `Intake` also limits their tokens.
         max_seconds: time limit of each request, counted from `submit`.
         runner: by default, the runner that fits the model and the free memory.
-        reproducible: reuse only positions that a prompt computed, so that a reply does not depend
-        on earlier replies. Raises `CheckpointError` if a reply depends on concurrent requests.
+        reproducible: reuse only keys and values of prompts, so that a reply does not depend on
+        earlier replies. Raises `CheckpointError` if it could depend on concurrent requests.
         pace: limits the prompt tokens that share a step with replies; by default, a new `Pace`.
         """
         self._runner = runner or runner_of(checkpoint)
@@ -82,9 +82,9 @@ class Engine:
     def submit(
         self, prompt_ids: Iterable[int], params: SamplingParams, request_id: str | None = None
     ) -> TokenStream:
-        """Queue a request. Raises immediately if it cannot be served.
+        """Queue a request.
 
-        Raises `PromptTooLong` or `InvalidRequest` if the request can never be served. Raises
+        Raises `PromptTooLong` or `InvalidRequest` if the request can never be served, and
         `QueueFull`, `EngineClosed` or `DuplicateRequest` if it cannot be served now.
         """
         return self.submit_several([prompt_ids], params, 1, request_id)[0]
@@ -96,10 +96,10 @@ class Engine:
         n: int,
         request_id: str | None = None,
     ) -> list[TokenStream]:
-        """Queue `n` replies to each prompt, or none. Each prompt is computed once.
+        """Queue `n` replies to each prompt, either all or none. Each prompt is computed once.
 
         If `params` has a seed, reply i of a prompt uses seed + i. Returns the streams in the order
-        of the prompts; ids after the first end in "#1", "#2"... Raises the errors of `submit`.
+        of the prompts; request ids after the first end in "#1", "#2"... Raises as `submit` does.
         """
         requests = self.intake.new_requests(prompts, params, n, request_id or uuid.uuid4().hex)
         streams = [TokenStream(request, self.abort) for request in requests]
@@ -136,7 +136,7 @@ class Engine:
     def clear(self) -> None:
         """Forget computed prefixes, and return cached device memory to the system.
 
-        Raises `EngineClosed` if the engine closes or is busy for a minute, or the engine's failure.
+        Raises `EngineClosed` if the engine closes or stays busy for a minute, and its failure.
         """
         done: Future[None] = Future()
         with self._changed:

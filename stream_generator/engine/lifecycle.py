@@ -10,7 +10,7 @@ STUCK_SECONDS = 60.0
 
 
 class EngineState(IntEnum):
-    """What an engine does with requests. The state only moves down this list."""
+    """What an engine does with requests. A state changes only to a later one."""
 
     OPEN = auto()  # requests are accepted and computed
     DRAINING = auto()  # accepted requests are computed, new ones are rejected

@@ -78,7 +78,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def forward(self, row_states: Collection[Row], new_ids: list[list[int]]) -> torch.Tensor:
-        """Compute the new ids of each row, which follow `num_computed_tokens` ids in its slot.
+        """Run the model on the new ids of each row. They follow the `num_computed_tokens` ids that
+        the row's slot holds.
 
         Each row has the same number of new ids. Returns the logits after the last new id of each
         row: float32 [rows, vocab].

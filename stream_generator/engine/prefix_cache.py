@@ -31,7 +31,8 @@ class Slot:
 
 @dataclass(frozen=True)
 class SlotAssignment:
-    """The slot of a request. Slot `source` already holds `length` of its prompt ids."""
+    """The slot of a request. Slot `source` already holds the keys and values of the first `length`
+    ids of the request's prompt."""
 
     slot: int
     source: int
@@ -42,8 +43,9 @@ class PrefixCache:
     """Assigns slots, the least recently used first, and finds the longest computed prefix."""
 
     def __init__(self, slots: int, *, smallest_chunk: int = 1, prompts_only: bool = False):
-        """smallest_chunk: see `Runner`. prompts_only: reuse only positions that a prompt computed,
-        because the last bits of a reply's keys and values may differ."""
+        """smallest_chunk: the least number of prompt ids that the runner computes at a time.
+        prompts_only: reuse only keys and values that were computed as part of a prompt. Those
+        computed during a reply may differ from them in the last bits."""
         self._smallest_chunk, self._prompts_only = smallest_chunk, prompts_only
         self._slots = [Slot(index) for index in range(slots)]
         self._clock = itertools.count(1)
@@ -51,7 +53,8 @@ class PrefixCache:
     def assign(self, request: Request) -> SlotAssignment | None:
         """Assign a free slot to `request`. Return None if no slot is free.
 
-        At least the smallest chunk of the prompt is left to compute, to get its last logits.
+        At least `smallest_chunk` ids of the prompt are left to compute, because the last logits of
+        the prompt are needed.
         """
         free = [slot for slot in self._slots if slot.owner is None]
         if not free:

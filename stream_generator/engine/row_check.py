@@ -10,10 +10,11 @@ CHUNK_SIZES = (2, 3, 33, 64, 512)
 
 
 def find_least_rows(graph: SavedGraph, slots: int) -> int | None:
-    """Find how many rows a forward must have so that its other rows do not change a row's bits.
+    """Find the least number of rows of a forward at which the result of one row does not depend on
+    the others.
 
-    The check runs a graph with one layer of each kind. It computes all numbers of rows up to
-    `slots`, and prompts in chunks of several sizes. Returns None if no number of rows helps.
+    The check runs a graph with one layer of each kind. It tries every number of rows up to `slots`,
+    and prompts in chunks of several sizes. Returns None if no number of rows helps.
     """
     longest = max(CHUNK_SIZES)
     runner = GraphRunner(graph, slots, context=longest + 1, file=CHECK)

@@ -20,10 +20,10 @@ class Runner(Protocol):
         """Describe the number of slots, their length and their memory, for a person."""
 
     def prefill(self, request: Request, chunk: int) -> Sampled | None:
-        """Compute `chunk` ids of a prompt. Return the first new id after the last chunk."""
+        """Run `chunk` more ids of a prompt. After the last, return the first id of the reply."""
 
     def decode(self, requests: list[Request]) -> list[Sampled]:
-        """Compute one new id for each request, or the error of a request that fails alone."""
+        """Return one new id per request; for a request that fails alone, its error."""
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` positions to slot `target`."""

@@ -44,8 +44,8 @@ class Pace:
     def budget(self, others_decode: bool) -> int:
         """Return the number of prompt tokens for the next step.
 
-        If other requests decode, the prompt tokens take about as long as one decode. The gap
-        between two tokens of a reply is then at most about twice as long.
+        If other requests decode, the prompt tokens take about as long as one decode. So prompts at
+        most roughly double the gap between two tokens of a reply.
         """
         if not others_decode:
             return LARGEST_CHUNK
@@ -65,7 +65,8 @@ class Scheduler:
     """
 
     def __init__(self, pace: Pace | None = None, *, smallest_chunk: int = 1) -> None:
-        """smallest_chunk: see `Runner`. pace: by default, a new `Pace`."""
+        """smallest_chunk: the least number of prompt ids that the runner computes at a time. pace:
+        by default, a new `Pace`."""
         self._smallest_chunk = smallest_chunk
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -110,7 +111,8 @@ class Scheduler:
 
 
 def chunk_length(uncomputed: int, limit: int, smallest: int) -> int:
-    """Return the length of the next chunk, so that none or at least `smallest` ids are left."""
+    """Return the length of the next chunk. Afterwards either no ids are left, or at least
+    `smallest`."""
     length = min(uncomputed, limit)
     left = uncomputed - length
     return length - max(smallest - left, 0) if left else length

@@ -1,4 +1,5 @@
-"""Test whether a model fits the slot cache, by comparing its logits with a plain forward."""
+"""Test whether a model works with the slot cache, by comparing its logits with those of a plain
+forward."""
 
 from dataclasses import dataclass
 from typing import Any

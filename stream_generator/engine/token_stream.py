@@ -64,7 +64,8 @@ class TokenStream:
             self._callback()
 
     def on_output(self, callback: Callable[[], None]) -> None:
-        """Call `callback` after each new output. The engine waits until `callback` returns."""
+        """Call `callback` after each new output. The engine calls `callback` on its own thread, so
+        `callback` must return quickly."""
         self._callback = callback
 
     def close(self) -> None:

@@ -20,8 +20,9 @@ def attend(
 
     queries: [rows, length, heads, head size].
     keys, values: [rows, key heads, key length, head size].
-    mask: bool or added float [rows, 1, length * group, key length], see `for_groups`. Without a
-    mask, a single query sees all keys, and attention of several queries is causal.
+    mask: bool, or float that is added to the scores, [rows, 1, length * group, key length]; see
+    `for_groups`. Without a mask, a single query sees all keys, and attention of several queries is
+    causal.
     Returns [rows * length, heads * head size].
 
     The query heads of one key head count as further positions of one head, so no key is copied.

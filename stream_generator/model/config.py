@@ -14,7 +14,7 @@ _LOOP_SETTINGS = (
 def require_batchable(config: Any, generation_config: Any) -> None:
     """Raise `ValueError` if the engine cannot batch the requests of a model.
 
-    A comparison of logits on a few tokens would not find the reasons checked here.
+    A comparison of logits on a few tokens would not reveal these obstacles.
     """
     config = config.get_text_config()
     rope = repr([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")])
@@ -31,8 +31,9 @@ def require_batchable(config: Any, generation_config: Any) -> None:
 def attention_windows(config: Any) -> dict[str, int | None]:
     """The number of positions that each kind of layer sees; None for all positions.
 
-    The keys are the kinds in `config.layer_types`, or "" if all layers have one kind.
-    Raises `ValueError` for a kind that no mask can express, such as recurrent layers or chunks.
+    The dictionary has an entry for each kind in `config.layer_types`. If all layers have one kind,
+    its only entry is "". Raises `ValueError` for a kind that no mask can express, such as recurrent
+    layers or chunked attention.
     """
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)

@@ -2,7 +2,8 @@
 
 A layer of transformers takes about forty operations per token. In a small model, most of them cost
 more to start than to compute. `fuse` replaces these layers by layers of about fifteen operations,
-each checked against its original. The model around them stays transformers' own.
+each checked against its original, and leaves the model around them as it is. `FusedDecoder` runs
+the layers without that model.
 """
 
 import logging
@@ -257,7 +258,7 @@ class FusedDecoder:
 
 
 def check_parts(layer: Any) -> None:
-    """Raise `NotFusible` if a layer has another structure than `FusedLayer`."""
+    """Raise `NotFusible` if a layer's structure differs from that of `FusedLayer`."""
     attention, mlp = layer.self_attn, layer.mlp
     head_norms = {"q_norm", "k_norm"} & _child_names(attention)
     if (

@@ -114,7 +114,8 @@ class GraphWriter:
         self._nodes.append(helper.make_node(operator, inputs, outputs, domain=domain, **attributes))
 
     def input(self, name: str, kind: int, sizes: list[Any]) -> str:
-        """Declare an input of dtype `kind`; return its name. A string in `sizes` is any size."""
+        """Declare an input of dtype `kind`; return its name. A string in `sizes` stands for a
+        dimension of any size."""
         self._inputs.append(helper.make_tensor_value_info(name, kind, sizes))
         return name
 

@@ -1,4 +1,4 @@
-"""The slot cache: keys and values of many requests, each at its own position.
+"""The slot cache: the keys and values of many slots, each at its own position.
 
 A slot holds `context_length` positions of one request. Each row of a forward reads and writes one
 slot, from a start position of its own. Keys and values never move within a slot. On a CPU, memory
@@ -47,7 +47,7 @@ class Run:
 
 @dataclass(frozen=True)
 class SlotRows:
-    """The rows of the next forward, one row per request.
+    """The rows of the next forward, one row per slot that takes part.
 
     slots: the slot of each row. starts: the position of the first new token of each row.
     length: new tokens per row. windowed: some layers have a sliding window.
@@ -199,7 +199,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Write a layer's new states; return each run of the rows with its keys and values.
 
         states: [rows, length, key heads + value heads, head size]. Keys and values are views,
-        [rows of the run, key heads, key length, head size]; `update` would copy several runs.
+        [rows of the run, key heads, key length, head size]. (`update` returns all rows in one
+        tensor, so it copies if there are several runs.)
         """
         layer = self.layers[layer_index]
         rows = layer.write(states)
@@ -219,8 +220,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
     """Allocate zeros for keys or values.
 
     On a CPU, the operating system provides each page when it is first written; torch.zeros would
-    write, and so occupy, all memory now. Pages are small: a new token writes to one place in every
-    head of every layer, and would occupy a huge page of 2 MB for each place.
+    write, and so occupy, all memory now. A new token writes to one place in every head of every
+    layer. With huge pages, each of these places would occupy 2 MB, so the pages are small.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

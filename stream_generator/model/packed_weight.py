@@ -86,7 +86,7 @@ class PackedWeight:
         return self.bits, self.group, self.zeros is not None
 
     def stored(self) -> torch.Tensor:
-        """The values without a sign: uint8 [out, groups, bytes per group].
+        """The values, shifted so that none is negative: uint8 [out, groups, bytes per group].
 
         A byte holds two values of four bits, the first in its lower half.
         """

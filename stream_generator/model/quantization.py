@@ -28,7 +28,8 @@ class PackedLinear(PlainLinear):
     """A linear layer with a `PackedWeight` on a GPU, for inputs of any dtype.
 
     A value of eight bits becomes two of four, v = 16 high + low, concatenated along the inputs.
-    PyTorch's kernel for eight bits has one scale for a whole output, which costs quality.
+    PyTorch's kernel for eight bits is not used: it has one scale for a whole output, which costs
+    quality.
     """
 
     dtype = torch.bfloat16  # of the kernel
@@ -89,10 +90,10 @@ class Packing:
     saved: Callable[[str], PackedWeight | None] = lambda name: None
 
     def pack(self, named: dict[str, nn.Linear], dense: Linear, *, least_bits: int = 4) -> Linear:
-        """Pack linear layers into one product; return `dense` if they must stay dense.
+        """Pack linear layers into one packed layer; return `dense` if they must stay dense.
 
-        named: linear layers with the same inputs, by their names in the model. dense: their product
-        in dense weights. least_bits: a lower bound of `bits` for these layers.
+        named: linear layers with the same inputs, by their names in the model. dense: one layer
+        with their dense weights. least_bits: a lower bound of `bits` for these layers.
         """
         linears = list(named.values())
         device = linears[0].weight.device

@@ -1,8 +1,8 @@
 """A model's step as an ONNX graph: from ids and the KV cache to logits.
 
 The graph computes the same layers as `FusedLayer`, but with packed weights. Its operators are those
-of ONNX 21, and ONNX Runtime's MatMulNBits, GroupQueryAttention, GatherBlockQuantized, QuickGelu and
-SkipSimplifiedLayerNormalization.
+of ONNX opset 21, and ONNX Runtime's MatMulNBits, GroupQueryAttention, GatherBlockQuantized,
+QuickGelu and SkipSimplifiedLayerNormalization.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ class LayerShape:
 
 
 class StepGraph:
-    """Builds the graph, one layer after the other. A row is one new token of one slot.
+    """Builds the graph, one layer after the other. Here, a row is one new token of one slot.
 
     Methods take and return names of values in the graph. `states` are float [rows, hidden].
 

@@ -63,8 +63,8 @@ class ForbidIds(LogitsProcessor):  # type: ignore[misc]
 class Parameter(NamedTuple):
     """One sampling parameter.
 
-    neutral: the value that changes nothing. processor: makes the processor for any other value,
-    or returns None if a request needs none in this step.
+    neutral: the value that changes nothing. processor: a function that makes the logits processor
+    if the value is not neutral. It returns None if the request needs none in this step.
     """
 
     neutral: Any

@@ -32,11 +32,11 @@ def draw(scores: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     uniforms: float64 [rows] in [0, 1).
     Returns ids: int64 [rows].
 
-    Probabilities add up in the order of the vocabulary. In order of falling probability, two
-    nearly equal ids could change places from run to run, and change the drawn id. The same seed
-    therefore gives the same ids on every device and beside any neighbours, unless a uniform number
-    lies so near a boundary that the last bits of the scores decide.
-    Source: inverse transform sampling, Devroye, Non-Uniform Random Variate Generation, II.2.
+    Probabilities are summed in the order of the vocabulary. If they were sorted, two ids of nearly
+    equal probability could change places from run to run, and change the drawn id. The same seed
+    therefore gives the same ids on every device, whatever other requests run. An exception is a
+    uniform number so near a boundary that the last bits of the scores decide. Source: inverse
+    transform sampling, Devroye, Non-Uniform Random Variate Generation, II.2.
     """
     probabilities = torch.softmax(scores.float(), dim=-1)
     cumulative = probabilities.to(_widest_float(scores.device)).cumsum(dim=-1)
@@ -70,12 +70,14 @@ def check_scores(scores: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[Sampled]:
-    """Choose one id per row by its request's parameters; a row that has none gets an error.
+    """Choose one id per row by its request's parameters. If no id can be chosen for a row, the row
+    gets an error.
 
     logits: float32 [rows, vocab], changed in place.
-    Greedy rows share one maximum, rows without filters one draw, and filtered rows one prefilter.
-    All results come to the host in one transfer. A row needs a second transfer only if its filters
-    may keep ids outside the prefilter.
+    One maximum serves all greedy rows, one draw
+    all rows without filters, and one prefilter all rows with filters. The results come to the host
+    in one transfer. A row needs a second transfer only if its filters may keep ids outside the
+    prefilter.
     """
     most_alternatives = max(map(_num_alternatives, requests), default=-1)
     # Of the model's own distribution, before any processor.

@@ -29,12 +29,12 @@ class Detokenizer:
     end are held back, because the next id may complete them. A literal U+FFFD therefore arrives
     one to three ids late.
 
-    Each call decodes only a window of recent ids. (`tokenizers.DecodeStream` holds back all text
-    while it ends in U+FFFD: its cost grows with the square of a run of invalid bytes, and it cannot
-    deliver an incomplete end.)
+    Each call decodes only a window of recent ids. (`tokenizers.DecodeStream` holds back all text as
+    long as the text ends in U+FFFD. Its cost grows with the square of the number of consecutive
+    invalid bytes, and it never delivers an incomplete character at the end.)
 
-    A byte-fallback decoder (Llama 2) rewrites a whole run of bytes when one byte turns out to be
-    invalid. Text that was delivered before does not change.
+    There is one exception: a byte-fallback decoder (Llama 2) rewrites a whole run of bytes when one
+    byte turns out to be invalid. Text that was delivered before stays.
 
     Invariant: `_sent` is the delivered part of the window's text.
     """

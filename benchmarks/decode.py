@@ -87,6 +87,10 @@ def build(shape: str | None, mode: str, rows: int) -> Runner:
             torch.set_default_dtype(torch.bfloat16)
             model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape])).eval()
             torch.set_default_dtype(torch.float32)
+        # Random weights give nearly equal scores. With these, top-p keeps few ids, as it does with
+        # the scores of a trained model.
+        with torch.no_grad():
+            model.lm_head.weight.mul_(4)
         if mode != "own":
             fuse_and_pack(model, mode)
     return runner_for(model, 8192, **limits)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from stream_generator.model.captured_steps import CapturedSteps
 from stream_generator.model.config import attention_windows
 from stream_generator.model.fused import FusedDecoder, NotFusible
 from stream_generator.model.kv_cache import (
@@ -43,11 +44,12 @@ class ModelRunner:
         self.slots = slots
         self.context_length = context
         self._model: Any = model
-        self._cache = SlotCache(filled, slots, context)
+        self.cache = SlotCache(filled, slots, context)
         self._windows = attention_windows(model.config)
         accepted = inspect.signature(self._model.forward).parameters
         self._options = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._decoder = _decoder(model, context)
+        self.captured_steps = _captured(self._decoder, self.cache, self._windows)
         self._token_bytes = bytes_per_token(filled)
 
     def describe(self) -> str:
@@ -69,12 +71,12 @@ class ModelRunner:
         return [drawn[id(r)] for r in requests]
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
-        self._cache.copy_slot(source, target, length)
+        self.cache.copy_slot(source, target, length)
 
     def release(self, request: Request, *, sound: bool) -> None:
         # A failed request may leave NaN. A mask does not hide NaN, because 0 times NaN is NaN.
         if not sound and request.slot is not None:
-            self._cache.wipe_slot(request.slot)
+            self.cache.wipe_slot(request.slot)
 
     @torch.inference_mode()
     def forward(self, row_states: Collection[Row], new_ids: list[list[int]]) -> torch.Tensor:
@@ -90,18 +92,24 @@ class ModelRunner:
             length=len(new_ids[0]),
             windowed=any(self._windows.values()),
         )
+        if self.captured_steps is not None and rows.length == 1:
+            try:
+                return self.captured_steps([new[0] for new in new_ids], rows)
+            except torch.OutOfMemoryError:  # a graph that is captured needs memory of its own
+                logger.warning("memory is short: from now on, Python starts each step, more slowly")
+                self.captured_steps = None
         device = self._model.device
-        self._cache.select(rows)
+        self.cache.select(rows)
         ids = torch.tensor(new_ids, device=device)
         by_kind = masks(rows, self._windows, device, self._model.dtype)
         if self._decoder is not None:
-            logits = self._decoder(ids, rows.positions(device), by_kind, self._cache)
+            logits = self._decoder(ids, rows.positions(device), by_kind, self.cache)
         else:
             logits = self._model(
                 input_ids=ids,
                 position_ids=rows.positions(device),
                 attention_mask=by_kind.get("", by_kind),
-                past_key_values=self._cache,
+                past_key_values=self.cache,
                 use_cache=True,
                 **self._options,
             ).logits[:, -1]
@@ -114,4 +122,17 @@ def _decoder(model: PreTrainedModel, context: int) -> FusedDecoder | None:
         return FusedDecoder(model, context)
     except NotFusible as reason:
         logger.debug("%s runs through its own forward: %s", type(model).__name__, reason)
+        return None
+
+
+def _captured(
+    decoder: FusedDecoder | None, cache: SlotCache, windows: dict[str, int | None]
+) -> CapturedSteps | None:
+    """Return the decoder's steps as graphs, or None if only the decoder itself can run them."""
+    if decoder is None or cache.layers[0].keys.device.type != "cuda":
+        return None
+    try:
+        return CapturedSteps(decoder, cache, windows)
+    except NotFusible as reason:
+        logger.warning("each step is started by Python, which is slower: %s", reason)
         return None

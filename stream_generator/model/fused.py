@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from stream_generator.model.attention import attend, for_groups
-from stream_generator.model.kv_cache import SlotCache
+from stream_generator.model.kv_cache import AttendingCache
 from stream_generator.model.linear import Linear, LinearModule, concatenated_bias, fastest_linear
 from stream_generator.model.quantization import Packing
 
@@ -129,16 +129,8 @@ class FusedLayer(nn.Module):
         self, queries: torch.Tensor, states: torch.Tensor, mask: torch.Tensor | None, cache: Any
     ) -> torch.Tensor:
         """queries, states: [rows, length, heads, head size]; `states` is keys, then values."""
-        if isinstance(cache, SlotCache):
-            runs = cache.write(self.layer_index, states)
-            if len(runs) == 1:
-                run, keys, values = runs[0]
-                return attend(queries, keys, values, run.slice_mask(mask), self.scale)
-            parts = [
-                attend(queries[run.rows], keys, values, run.slice_mask(mask), self.scale)
-                for run, keys, values in runs
-            ]
-            return torch.cat(parts)
+        if isinstance(cache, AttendingCache):
+            return cache.attend(self.layer_index, queries, states, mask, self.scale)
         keys, values = states.transpose(1, 2).chunk(2, dim=1)
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer_index)
@@ -214,7 +206,7 @@ class FusedDecoder:
         if len({layer.group for layer in self._layers}) > 1:
             raise NotFusible("the layers differ in the number of query heads per key head")
         kinds = getattr(model.config, "layer_types", None)
-        self._kinds = kinds or [""] * len(self._layers)
+        self.kinds: list[str] = kinds or [""] * len(self._layers)  # of the layers' attention
         self._embed = base.embed_tokens.weight.detach()
         self._norm, self._head = RMSNorm(base.norm), model.get_output_embeddings().linear
         positions = torch.arange(context_length, device=model.device)[None]
@@ -239,7 +231,7 @@ class FusedDecoder:
         rotation = self._rotation.at(positions)
         x = functional.embedding(input_ids.flatten(), self._embed)
         grouped = {kind: for_groups(mask, self._layers[0].group) for kind, mask in masks.items()}
-        for layer, kind in zip(self._layers, self._kinds, strict=True):
+        for layer, kind in zip(self._layers, self.kinds, strict=True):
             x = layer.step(x, length, rotation, grouped[kind], cache)
         last = x.view(rows, length, -1)[:, -1]
         logits: torch.Tensor = self._head(self._norm(last.contiguous()))
@@ -250,7 +242,7 @@ class FusedDecoder:
         """Compare the logits with the model's: some families scale embeddings or logits."""
         ids = torch.tensor([[1, 2, 3, 4]], device=model.device)
         positions = torch.arange(ids.shape[1], device=model.device)[None]
-        ours = self(ids, positions, dict.fromkeys(self._kinds), None).float()
+        ours = self(ids, positions, dict.fromkeys(self.kinds), None).float()
         expected = model(input_ids=ids, use_cache=False).logits[:, -1].float()
         products = [self._head, *(p for layer in self._layers for p in layer.products)]
         tolerance = max(TOLERANCE.get(product.dtype, 0.0) for product in products)

@@ -9,9 +9,12 @@ import math
 import mmap
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Protocol, runtime_checkable
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from stream_generator.model.attention import attend
 
 CPU = torch.device("cpu")
 
@@ -114,6 +117,15 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = True
         self.rows: SlotRows | None = None
 
+    @property
+    def store(self) -> torch.Tensor:
+        """The keys, then the values: [slots, key heads + value heads, context length, head size].
+
+        Raises `ValueError` if keys and values differ in head size.
+        """
+        (store,) = self._stores
+        return store
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Do nothing: `__init__` has allocated all memory."""
 
@@ -174,6 +186,26 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return store[:, :, : rows.key_length][list(rows.slots)]
 
 
+@runtime_checkable
+class AttendingCache(Protocol):
+    """A cache that computes the attention to what it holds."""
+
+    def attend(
+        self,
+        layer_index: int,
+        queries: torch.Tensor,
+        states: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Write a layer's new states; return each query's attention to its row's slot.
+
+        queries: [rows, length, query heads, head size]. states: keys, then values, [rows, length,
+        key heads + value heads, head size]. mask: see `attention.attend`.
+        Returns [rows * length, query heads * head size].
+        """
+
+
 class SlotCache(Cache):  # type: ignore[misc]
     """A transformers cache in which every row has its own length.
 
@@ -193,18 +225,32 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.rows = rows
 
-    def write(
-        self, layer_index: int, states: torch.Tensor
-    ) -> list[tuple[Run, torch.Tensor, torch.Tensor]]:
-        """Write a layer's new states; return each run of the rows with its keys and values.
+    def attend(
+        self,
+        layer_index: int,
+        queries: torch.Tensor,
+        states: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Write a layer's new states; attend to the slots, one run of the rows after the other.
 
-        states: [rows, length, key heads + value heads, head size]. Keys and values are views,
-        [rows of the run, key heads, key length, head size]. (`update` returns all rows in one
-        tensor, so it copies if there are several runs.)
+        (`update` returns the keys of all rows in one tensor, so it copies if there are several
+        runs.)
         """
         layer = self.layers[layer_index]
         rows = layer.write(states)
-        return [(run, run.view(layer.keys), run.view(layer.values)) for run in rows.runs]
+        parts = [
+            attend(
+                queries[run.rows],
+                run.view(layer.keys),
+                run.view(layer.values),
+                run.slice_mask(mask),
+                scale,
+            )
+            for run in rows.runs
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of slot `source` to slot `target`."""

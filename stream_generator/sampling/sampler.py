@@ -87,21 +87,27 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[Sampled]:
             ids = torch.tensor([request.all_ids], device=logits.device)
             logits[row : row + 1] = adjust(ids, logits[row : row + 1])
     finite = torch.isfinite(logits.amax(dim=-1))
-    certain = torch.ones_like(finite)
     drawn = [row for row, s in enumerate(requests) if not s.params.greedy]
     all_drawn = len(drawn) == len(requests)
-    chosen = torch.zeros_like(finite, dtype=torch.int64) if all_drawn else logits.argmax(dim=-1)
-    uniforms = torch.zeros(len(requests), dtype=torch.float64)
+    uniforms = torch.zeros(len(requests), dtype=torch.float64, pin_memory=logits.is_cuda)
     if drawn:
         uniforms[drawn] = torch.tensor(
             [_next_uniform(requests[row]) for row in drawn], dtype=torch.float64
         )
+        # From pinned memory, the copy does not wait for the model's step, so all that follows is
+        # started while the GPU still computes the logits.
+        uniforms = uniforms.to(logits.device, non_blocking=True)
         filters = _filters(
             tuple(_restrictions(requests[row].params) for row in drawn), logits.device
         )
-        scores = (logits if all_drawn else logits[drawn]) / filters.temperatures
-        ids, held = _draw_filtered(scores, filters, uniforms[drawn])
-        chosen[drawn], certain[drawn] = ids, held
+    if all_drawn:
+        chosen, certain = _draw_filtered(logits / filters.temperatures, filters, uniforms)
+    else:
+        chosen = logits.argmax(dim=-1)
+        certain = torch.ones_like(finite)
+        if drawn:
+            scores = logits[drawn] / filters.temperatures
+            chosen[drawn], certain[drawn] = _draw_filtered(scores, filters, uniforms[drawn])
     packed = [chosen[:, None], finite[:, None], certain[:, None]]
     if log_probs is not None:
         packed += [log_probs.gather(1, chosen[:, None]), *log_probs.topk(most_alternatives)]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from stream_generator.model.fused import FusedDecoder, NotFusible, require_same
+from stream_generator.model.gpu_kernels import inside_a_graph
 from stream_generator.model.kv_cache import SlotCache, SlotLayer, SlotRows, masks
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class CapturedSteps:
             ids, slots, positions = static_inputs
             view = DecodeRows(self._cache, slots, positions, self._layer_windows, most_keys)
             kinds = dict.fromkeys(self._windows)
-            return self._decoder(ids[:, None], positions[:, None], kinds, view).float()
+            with inside_a_graph():
+                return self._decoder(ids[:, None], positions[:, None], kinds, view).float()
 
         _run_beside(step)  # kernels and workspaces are loaded at the first call
         graph = torch.cuda.CUDAGraph()

@@ -17,7 +17,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
+from stream_generator.model import gpu_kernels
 from stream_generator.model.attention import attend, for_groups
+from stream_generator.model.gpu_kernels import use_kernels
 from stream_generator.model.kv_cache import AttendingCache
 from stream_generator.model.linear import Linear, LinearModule, concatenated_bias, fastest_linear
 from stream_generator.model.quantization import Packing
@@ -158,6 +160,8 @@ class RMSNorm:
         self._inverse_size = 1 / len(self._weight)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if use_kernels() and x.is_contiguous():
+            return gpu_kernels.rms_norm(x, self._weight, self._epsilon)
         if x.device.type != "cpu":
             return functional.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
         # PyTorch's kernel is for GPUs. On a CPU it would take ten operations; these are five.
@@ -186,6 +190,9 @@ class Rotation:
 
     def apply(self, heads: torch.Tensor, out: torch.Tensor) -> None:
         """Rotate heads into `out`, which may be the same: [rows, length, heads, head size] each."""
+        if use_kernels() and heads.shape[1] == 1:
+            gpu_kernels.rotate(heads, self.cosines, self.sines, out)
+            return
         swapped = heads.roll(heads.shape[-1] // 2, dims=-1)
         torch.addcmul(heads * self.cosines, swapped, self.sines, out=out)
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from stream_generator.model.gpu_kernels import silu_product, use_kernels
+
 # oneDNN chooses a weight's layout for this number of rows. The layout is as good for one row as for
 # a thousand.
 ROWS_HINT = 64
@@ -47,7 +49,10 @@ class PlainLinear(ABC):
         """x Wᵀ + b: [rows, out]"""
 
     def gated(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self(x).chunk(2, dim=1)
+        gate_up = self(x)
+        if use_kernels():
+            return silu_product(gate_up)
+        gate, up = gate_up.chunk(2, dim=1)
         return functional.silu(gate).mul_(up)
 
     def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -62,6 +67,11 @@ class DenseLinear(PlainLinear):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self._weight, self._bias)
+
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        if self._bias is not None or x.device.type == "cpu":
+            return super().plus(x, other)
+        return torch.addmm(other, x, self._weight.t())  # adds while the product is in registers
 
 
 class ReorderedLinear(PlainLinear):

@@ -1,8 +1,8 @@
-"""Operations of a decode step as single GPU kernels, written in Triton.
+"""Operations that are several kernels in PyTorch as single GPU kernels, written in Triton.
 
-PyTorch runs each of them as two to five kernels. In a captured step, each kernel costs about two
-microseconds. Outside of captured steps, PyTorch's operations are faster, because Python needs
-longer to start a kernel of Triton: see `inside_a_graph`.
+In a captured step, each kernel costs about two microseconds. Outside of captured steps, PyTorch's
+small operations are faster, because Python needs longer to start a kernel of Triton: see
+`inside_a_graph`. Unpacking a weight is a large operation, and always faster in one kernel.
 """
 
 import threading
@@ -12,6 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from stream_generator.model.packed_weight import UNSIGNED_OFFSET
 
 try:
     import triton
@@ -70,6 +72,33 @@ def silu_product(gate_up: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def can_unpack(stored: torch.Tensor) -> bool:
+    """Whether `unpack` can read this weight: on a GPU, with Triton."""
+    return triton is not None and stored.is_cuda
+
+
+def unpack(
+    stored: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bits: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Unpack a `PackedWeight`, as `PackedWeight.stored` returns it: [out, in], rounded to `dtype`.
+
+    scales, zeros: float32 [out, groups] each, contiguous.
+    """
+    group = stored.shape[2] * 8 // bits
+    out = stored.new_empty((stored.shape[0], stored.shape[1] * group), dtype=dtype)
+    numbers, has_zeros = out.numel(), zeros is not None
+    if zeros is None:
+        zeros = scales  # not read
+    _unpack[(triton.cdiv(numbers, 2048),)](
+        stored, scales, zeros, out, numbers, group, has_zeros, bits, UNSIGNED_OFFSET[bits], 2048
+    )
+    return out
+
+
 def _kernel(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
 
@@ -117,3 +146,23 @@ def _silu_product(gate_up, out, size, BLOCK: tl.constexpr):  # type: ignore
     up = tl.load(gate_up + row * 2 * size + size + at, mask=inside, other=0.0).to(tl.float32)
     result = gate * tl.sigmoid(gate) * up
     tl.store(out + row * size + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@_kernel
+def _unpack(  # type: ignore
+    stored, scales, zeros, out, numbers, GROUP: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    begin = tl.program_id(0).to(tl.int64) * BLOCK  # BLOCK is a multiple of GROUP
+    at = tl.arange(0, BLOCK)  # int32, because arithmetic in int64 is slow
+    inside = begin + at < numbers
+    if BITS == 4:
+        pairs = tl.load(stored + begin // 2 + at // 2, mask=inside, other=0).to(tl.int32)
+        values = (pairs >> (at % 2 * 4)) & 15
+    else:
+        values = tl.load(stored + begin + at, mask=inside, other=0).to(tl.int32)
+    result = (values - OFFSET).to(tl.float32)
+    result *= tl.load(scales + begin // GROUP + at // GROUP, mask=inside, other=0.0)
+    if HAS_ZEROS:
+        result += tl.load(zeros + begin // GROUP + at // GROUP, mask=inside, other=0.0)
+    tl.store(out + begin + at, result.to(out.dtype.element_ty), mask=inside)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from stream_generator.model.gpu_kernels import can_unpack, unpack
 from stream_generator.model.linear import Linear, PlainLinear, concatenated_bias
 from stream_generator.model.packed_weight import (
     GROUP,
@@ -19,9 +20,9 @@ from stream_generator.model.packed_weight import (
     scaled,
 )
 
-# The number of rows from which a product unpacks its weights first, because the time of the packed
-# kernel grows with the rows.
-MANY_ROWS = 64
+# The number of rows from which a product unpacks its weights first, by bits: the time of the packed
+# kernel grows with the rows, that of unpacking does not (docs/performance.md).
+MANY_ROWS = {4: 32, 8: 16}
 
 
 class PackedLinear(PlainLinear):
@@ -37,6 +38,8 @@ class PackedLinear(PlainLinear):
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None):
         """weight: in groups of 32, on a GPU. bias: [out]."""
         values, scales, zeros = weight.values, weight.scales, weight.zeros
+        assert scales.is_contiguous()
+        assert zeros is None or zeros.is_contiguous()
         self._weight, self._scales, self._zeros = weight.stored(), scales, zeros
         self._bits, self._bias = weight.bits, bias
         if zeros is None:
@@ -52,9 +55,8 @@ class PackedLinear(PlainLinear):
         self._scales_and_zeros = torch.stack((scales.T, zeros.T), dim=2).to(self.dtype).contiguous()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if len(x) >= MANY_ROWS:
-            weight = dense_from_stored(self._weight, self._scales, self._zeros, self._bits)
-            return functional.linear(x, weight.to(x.dtype), self._bias)
+        if len(x) >= MANY_ROWS[self._bits]:
+            return functional.linear(x, self._unpacked(x.dtype), self._bias)
         inputs = x.to(self.dtype)
         if self._bits == 8:
             inputs = torch.cat((inputs, inputs), dim=1)
@@ -62,6 +64,12 @@ class PackedLinear(PlainLinear):
             inputs, self._packed, GROUP, self._scales_and_zeros
         ).to(x.dtype)
         return y if self._bias is None else y.add_(self._bias)
+
+    def _unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """The dense weight: [out, in]."""
+        if can_unpack(self._weight):
+            return unpack(self._weight, self._scales, self._zeros, self._bits, dtype)
+        return dense_from_stored(self._weight, self._scales, self._zeros, self._bits).to(dtype)
 
 
 def dense_from_stored(

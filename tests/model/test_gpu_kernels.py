@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from stream_generator.model import gpu_kernels
+from stream_generator.model.packed_weight import PackedWeight
 
 # Without a GPU, Triton's interpreter runs them: TRITON_INTERPRET=1 pytest tests/model
 triton = pytest.importorskip("triton", reason="the kernels need Triton")
@@ -45,6 +46,13 @@ def test_silu_product_equals_its_formula(size: int) -> None:
     gate, up = gate_up.float().chunk(2, dim=1)
     result = gpu_kernels.silu_product(gate_up).float()
     torch.testing.assert_close(result, functional.silu(gate) * up, **CLOSE)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_unpacking_gives_the_dense_weight(bits: int) -> None:
+    weight = PackedWeight.of(random(24, 320).float(), bits)
+    result = gpu_kernels.unpack(weight.stored(), weight.scales, weight.zeros, bits, torch.float32)
+    torch.testing.assert_close(result, weight.dense())
 
 
 def test_the_kernels_are_used_only_inside_a_graph() -> None:

@@ -38,8 +38,11 @@ def main(arguments: list[str] | None = None) -> int:
     from stream_generator.errors import CheckpointError
 
     try:
+        if args.check:
+            load(args, threads)
+            return 0
         server = listen(args)
-        engine = load(args, server, threads)
+        engine = load(args, threads, server)
     except (CannotListen, CheckpointError) as error:
         print(error, file=sys.stderr)
         return 1
@@ -71,8 +74,11 @@ def listen(args: argparse.Namespace) -> "Server":
     return Server(listening, max_body=args.settings.max_body).start()
 
 
-def load(args: argparse.Namespace, server: "Server", threads: int) -> "Engine":
-    """Load the model, and connect its engine to the server. Raises `CheckpointError`."""
+def load(args: argparse.Namespace, threads: int, server: "Server | None" = None) -> "Engine":
+    """Load the model, print what it is, and connect its engine to the server, if there is one.
+
+    Raises `CheckpointError`.
+    """
     from stream_generator.engine import warm_up
     from stream_generator.engine.engine import Engine
     from stream_generator.engine.runners import runner_of
@@ -101,7 +107,8 @@ def load(args: argparse.Namespace, server: "Server", threads: int) -> "Engine":
     print(f"{checkpoint.describe()}\n{runner.describe()}", flush=True)
     print(_speed_line(checkpoint, threads, processor.describe(), speed), flush=True)
     app = create_app(engine, args.settings, tokens_per_second=speed)
-    server.open(app, max_open=engine.intake.requests)
+    if server is not None:
+        server.open(app, max_open=engine.intake.requests)
     return engine
 
 

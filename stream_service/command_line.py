@@ -94,6 +94,12 @@ def _add_model(add: Add) -> None:
         "read, and no code runs (default: off)",
     )
     add(
+        "--check",
+        action="store_true",
+        help="load the model as a start would, print what would be served and exit, with status 0, "
+        "or with status 1 and the reason why the service cannot start (default: off)",
+    )
+    add(
         "--cache",
         nargs="*",
         metavar="NAME",

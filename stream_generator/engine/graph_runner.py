@@ -48,7 +48,8 @@ class GraphRunner:
         self._bindings: dict[tuple[int, int], Any] = {}
 
     def describe(self) -> str:
-        return describe_slots(self.slots, self.context_length, self._graph.bytes_per_token)
+        slots = describe_slots(self.slots, self.context_length, self._graph.bytes_per_token)
+        return f"one ONNX graph runs {slots}"
 
     def prefill(self, request: Request, chunk: int) -> Sampled | None:
         start, end = request.num_computed_tokens, request.num_computed_tokens + chunk

@@ -53,7 +53,11 @@ class ModelRunner:
         self._token_bytes = bytes_per_token(filled)
 
     def describe(self) -> str:
-        return describe_slots(self.slots, self.context_length, self._token_bytes)
+        layers = "transformers' layers" if self._decoder is None else "fused layers"
+        if self.captured_steps is not None:
+            layers += " and CUDA graphs"
+        slots = describe_slots(self.slots, self.context_length, self._token_bytes)
+        return f"{layers} run {slots}"
 
     def prefill(self, request: Request, chunk: int) -> Sampled | None:
         start, end = request.num_computed_tokens, request.num_computed_tokens + chunk

@@ -17,7 +17,7 @@ class Runner(Protocol):
     reproducible: bool  # whether a reply's bits never depend on concurrent requests
 
     def describe(self) -> str:
-        """Describe the number of slots, their length and their memory, for a person."""
+        """Describe what runs the model, the number of slots, their length and their memory."""
 
     def prefill(self, request: Request, chunk: int) -> Sampled | None:
         """Run `chunk` more ids of a prompt. After the last, return the first id of the reply."""

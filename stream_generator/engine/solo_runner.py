@@ -25,7 +25,10 @@ class SoloRunner:
         self._owner: Request | None = None
 
     def describe(self) -> str:
-        return f"one request at a time of up to {self.context_length} tokens"
+        return (
+            f"transformers' own loop runs one request at a time, with up to {self.context_length} "
+            "tokens"
+        )
 
     def prefill(self, request: Request, chunk: int) -> Sampled | None:
         self._steps, self._owner = stream_ids(self._model, request), request

@@ -136,8 +136,7 @@ class Engine:
     def clear(self) -> None:
         """Forget computed prefixes, and return cached device memory to the system.
 
-        Raises `EngineClosed` if the engine closes or is busy for a minute, and `GenerationFailed`
-        if the engine fails.
+        Raises `EngineClosed` if the engine closes or is busy for a minute, or `GenerationFailed`.
         """
         done: Future[None] = Future()
         with self._changed:

@@ -56,8 +56,8 @@ def choose_graph(
 
             layer_shape(config)  # raises if this model runs dense anyway
             raise CheckpointError(
-                f"--dtype {dtype} does not work with packed weights on a CPU, whose steps compute "
-                "in float32; leave --dtype out, or give --quantize none"
+                f"--dtype {dtype} does not work with packed weights on a CPU, where all other "
+                "values are float32; leave --dtype out, or give --quantize none"
             )
         return get_or_build_graph(found, config, BITS.get(quantize))
     except (NotBuildable, ValueError) as error:

@@ -63,7 +63,7 @@ class ModelLoader:
         return model, parameters
 
     def _packing_advice(self, numbers: int, free: int) -> str:
-        """List the options whose packed weights fit into `free` bytes, with sizes; "" if none do."""
+        """List the options whose packed weights fit into `free`, with sizes; "" if none do."""
         if self.packed_size is None:
             return ""
         offers = [

@@ -160,7 +160,7 @@ def _speed_line(checkpoint: "Checkpoint", threads: int, processor: str, speed: f
 
 
 def start_log(as_json: bool) -> None:
-    """Log to stderr: infos of this project, and warnings of all libraries."""
+    """Log to stderr: this project from INFO on, and libraries from WARNING on."""
     handler = logging.StreamHandler()
     if as_json:
         from pythonjsonlogger.json import JsonFormatter

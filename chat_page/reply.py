@@ -91,7 +91,7 @@ class Replies:
         try:
             yield reply.progress()
             if len(self._open) > self._at_once:
-                raise StreamError(f"the page already writes {self._at_once} replies", status=429)
+                raise StreamError(f"the page is writing {self._at_once} replies", status=429)
             if not control.is_stopped:
                 for batch in control.batches:
                     for event in batch:

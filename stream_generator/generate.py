@@ -46,7 +46,7 @@ def stream_generate(
 
 
 def stream_generate(model: Any, *arguments: Any, **keywords: Any) -> Iterator[TokenOutput]:
-    """Yield the reply to `prompt` as text deltas. The last output has the finish reason.
+    """Yield the reply to `prompt` as outputs with text deltas. The last has the finish reason.
 
     model: a checkpoint, or any transformers model followed by its tokenizer. A checkpoint runs as
     in the service: packed weights on their step graph, several replies in the slots of one cache.

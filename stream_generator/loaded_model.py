@@ -107,8 +107,8 @@ class Checkpoint:
             raise InvalidRequest("the prompt is empty; send at least one token", param="messages")
         if room < 1:
             raise PromptTooLong(
-                f"prompt has {len(prompt)} tokens but the context holds {self.context_length}, "
-                "the reply included; shorten the prompt",
+                f"the prompt has {len(prompt)} tokens but the context holds {self.context_length}, "
+                "including the reply; shorten the prompt",
                 param="messages",
             )
         self._check_ids("messages", prompt)

@@ -128,7 +128,7 @@ def _loop(
 
 
 def _uncached_length(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> int | None:
-    """How many ids at the end the caller's cache lacks; None if it is empty or there is none."""
+    """How many of the last ids the caller's cache lacks; None if the cache is empty or missing."""
     cache = model_kwargs.get("past_key_values")
     cached = cache.get_seq_length() if cache is not None else 0
     return input_ids.shape[1] - cached if cached else None

@@ -1,4 +1,4 @@
-"""A Python client for the service. It imports only `requests`, and reports every failure."""
+"""A Python client for the service. It needs only `requests`, and reports every failure."""
 
 import json
 from collections.abc import Generator, Iterator

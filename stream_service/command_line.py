@@ -120,9 +120,9 @@ def _add_computation(add: Add) -> None:
     add(
         "--reproducible",
         action="store_true",
-        help="return the same bytes for the same request, even if the prefix cache is warm: the "
-        "service reuses only positions that a prompt computed. Requires packed weights on a CPU "
-        "(default: off)",
+        help="return the same bytes for the same request with the same seed or temperature 0: the "
+        "service reuses only keys and values that were computed for prompts. Requires packed "
+        "weights on a CPU (default: off)",
     )
     add(
         "--threads",

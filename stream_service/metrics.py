@@ -38,7 +38,7 @@ class Metrics:
             registry=registry,
         )  # fmt: skip
         self._prefix_hits = Counter(
-            "llm_prefix_hits", "Prompts that began in the prefix cache.", registry=registry
+            "llm_prefix_hits", "Prompts with a prefix from the cache.", registry=registry
         )
         self._reply_tokens = Counter("llm_reply_tokens", "Reply tokens.", registry=registry)
         self._first = Histogram(

@@ -209,7 +209,7 @@ def _sampling(
 ) -> SamplingParams:
     """Return the sampling parameters of a body. limits: its other names for `max_new_tokens`.
 
-    Raises `ValueError` if the body has two of these names, or if its parameters contradict.
+    Raises `ValueError` if the body has two of these names, or contradictory parameters.
     """
     given = {name: getattr(body, name) for name in SamplingParams.model_fields} | changes
     limits = {"max_new_tokens": body.max_new_tokens} | limits

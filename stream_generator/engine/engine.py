@@ -136,7 +136,7 @@ class Engine:
     def clear(self) -> None:
         """Forget computed prefixes, and return cached device memory to the system.
 
-        Raises `EngineClosed` if the engine closes or stays busy for a minute, and its failure.
+        Raises `EngineClosed` if the engine closes or is busy for a minute, or `GenerationFailed`.
         """
         done: Future[None] = Future()
         with self._changed:

@@ -84,12 +84,12 @@ class Intake:
         if len(together) > self.waiting + free_slots:
             raise QueueFull(f"{len(waiting)} requests are waiting already; try again later")
         # A prompt of any length is accepted if no other request is waiting.
-        if (
-            waiting
-            and len(together) > free_slots
-            and _prompt_tokens(together) > self.waiting_tokens
-        ):
-            raise QueueFull("the waiting prompts are too long together; try again later")
+        tokens = _prompt_tokens(together)
+        if waiting and len(together) > free_slots and tokens > self.waiting_tokens:
+            raise QueueFull(
+                f"the waiting prompts would have {tokens} tokens together, but only "
+                f"{self.waiting_tokens} may wait; try again later"
+            )
 
 
 def _prompt_tokens(requests: Collection[Request]) -> int:

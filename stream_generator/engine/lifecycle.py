@@ -32,7 +32,7 @@ class Lifecycle:
         self._longest_step = 0.0  # seconds
 
     def move(self, state: EngineState) -> None:
-        """Change the state, unless it is already further down the list."""
+        """Change the state, unless it is already a later one."""
         self.state = max(self.state, state)
 
     def drain(self, seconds: float) -> None:

@@ -100,7 +100,7 @@ class ModelRunner:
             try:
                 return self.captured_steps([new[0] for new in new_ids], rows)
             except torch.OutOfMemoryError:  # a graph that is captured needs memory of its own
-                logger.warning("memory is short: from now on, Python starts each step, more slowly")
+                logger.warning("memory is short: steps now run without CUDA graphs, more slowly")
                 self.captured_steps = None
         device = self._model.device
         self.cache.select(rows)
@@ -132,11 +132,11 @@ def _decoder(model: PreTrainedModel, context: int) -> FusedDecoder | None:
 def _captured(
     decoder: FusedDecoder | None, cache: SlotCache, windows: dict[str, int | None]
 ) -> CapturedSteps | None:
-    """Return the decoder's steps as graphs, or None if only the decoder itself can run them."""
+    """Return the decoder's steps as CUDA graphs, or None if they cannot be captured."""
     if decoder is None or cache.layers[0].keys.device.type != "cuda":
         return None
     try:
         return CapturedSteps(decoder, cache, windows)
     except NotFusible as reason:
-        logger.warning("each step is started by Python, which is slower: %s", reason)
+        logger.warning("steps run without CUDA graphs, which is slower: %s", reason)
         return None

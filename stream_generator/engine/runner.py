@@ -23,7 +23,7 @@ class Runner(Protocol):
         """Run `chunk` more ids of a prompt. After the last, return the first id of the reply."""
 
     def decode(self, requests: list[Request]) -> list[Sampled]:
-        """Return one new id per request; for a request that fails alone, its error."""
+        """Return one new id per request, or its error if only this request fails."""
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copy the keys and values of the first `length` positions to slot `target`."""

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,21 +25,21 @@ def cache_directory() -> Path:
 
 
 class SourceCache:
-    """Keeps what is made from one source: one version of each kind, such as "dense" or "graph"."""
+    """Keeps directories made from one source: one of each kind, such as "dense" or "graph"."""
 
     def __init__(self, source: Path, files: Iterable[Path], cache: Path | None = None):
-        """source: a file or directory. files: a change to any of them outdates all versions."""
+        """source: a file or directory. files: a change to any of them outdates all directories."""
         self._state = _file_states(files)
         name = f"{source.resolve().name}-{_fingerprint(source.resolve())[:8]}"
         self._directory = (cache or cache_directory()) / MODELS / name
 
     def get(self, kind: str, version: object, make: Callable[[Path], None], size: int = 0) -> Path:
-        """Return the directory of a kind; make this version of it if the cache lacks it.
+        """Return the directory of a kind in this version; make it if it is missing.
 
-        Then removes older versions. `make`, `size` and the errors are those of `make_once`.
+        Making it removes other versions. `make_once` explains `make`, `size` and the errors.
         """
         path = self._directory / f"{kind}-{_fingerprint(version, self._state)}"
-        if path.is_dir():
+        if os.path.isdir(path):
             return path
         make_once(path, make, size)
         for older in self._directory.glob(f"{kind}-{'[0-9a-f]' * 16}*"):
@@ -48,35 +49,41 @@ class SourceCache:
 
 
 def make_once(directory: Path, make: Callable[[Path], None], size: int = 0) -> Path:
-    """Return `directory`. If it does not exist, call `make(path)` in one process to create it.
+    """Return `directory`. If it is missing, one process at a time creates it by `make(path)`.
 
-    `path` is temporary and is renamed at the end, so `directory` is always complete. size: bytes
-    that it will take. Raises `CheckpointError` if the disk is not writable, or too full.
+    `path` is temporary and is renamed at the end, so `directory` is always complete. size: the
+    bytes of `directory`. Raises `CheckpointError` if the cache is not writable or the disk is full.
     """
-    if directory.is_dir():
+    if os.path.isdir(directory):  # False without permission, where Path.is_dir raises
         return directory
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"could not create the cache directory {directory.parent} ({error.strerror}); set "
-            "XDG_CACHE_HOME to a writable directory"
-        ) from error
-    if size > (free := shutil.disk_usage(directory.parent).free):
-        raise CheckpointError(
-            f"the converted model takes {size / 1e9:.1f} GB of disk in {directory.parent}, but "
-            f"{free / 1e9:.1f} GB are free; free some space, or set XDG_CACHE_HOME to another disk"
-        )
-    making = directory.with_name(f"making-{directory.name}-")
-    with FileLock(directory.with_name(f"{directory.name}.lock")):
+    with lock(directory.with_name(f"{directory.name}.lock")):
         if directory.is_dir():
             return directory
+        if size > (free := shutil.disk_usage(directory.parent).free):
+            raise CheckpointError(
+                f"the converted model takes {size / 1e9:.1f} GB of disk in {directory.parent}, but "
+                f"{free / 1e9:.1f} GB are free; free some space, or set XDG_CACHE_HOME to another "
+                "disk"
+            )
+        making = directory.with_name(f"making-{directory.name}-")
         for remains in directory.parent.glob(f"{making.name}*"):  # left by an interruption
             shutil.rmtree(remains, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=making.parent, prefix=making.name) as folder:
             make(Path(folder) / "made")
             os.replace(Path(folder) / "made", directory)
     return directory
+
+
+def lock(path: Path) -> AbstractContextManager[object]:
+    """Lock a file of the cache. Raises `CheckpointError` if its directory is not writable."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path).acquire()
+    except OSError as error:
+        raise CheckpointError(
+            f"could not write to the cache directory {path.parent} ({error.strerror}); set "
+            "XDG_CACHE_HOME to a writable directory"
+        ) from error
 
 
 @dataclass(frozen=True)

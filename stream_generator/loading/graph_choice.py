@@ -1,4 +1,4 @@
-"""Decides whether a model's weights run packed on a CPU, as a step graph."""
+"""Decides whether a model runs on a CPU with packed weights, as a step graph."""
 
 import logging
 from pathlib import Path
@@ -56,8 +56,8 @@ def choose_graph(
 
             layer_shape(config)  # raises if this model runs dense anyway
             raise CheckpointError(
-                f"--dtype {dtype} does not work with packed weights on a CPU, where packed weights "
-                "run as integers and all else in float32; omit --dtype, or give --quantize none"
+                f"--dtype {dtype} does not work with packed weights on a CPU, where all other "
+                "values are float32; leave --dtype out, or give --quantize none"
             )
         return get_or_build_graph(found, config, BITS.get(quantize))
     except (NotBuildable, ValueError) as error:

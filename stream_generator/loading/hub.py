@@ -1,4 +1,4 @@
-"""Downloads models from the Hugging Face hub into the hub's cache, only the files that are loaded.
+"""Downloads models from the Hugging Face hub into its cache: one file, or metadata and weights.
 
 huggingface-hub reads `HF_HOME`, `HF_TOKEN`, `HF_ENDPOINT` and `HF_HUB_OFFLINE`.
 """

@@ -200,7 +200,7 @@ def _embedding(params: dict[str, Any], shards: list[dict[str, Any]]) -> torch.Te
 
 
 def _drop_copied_heads(tensor: torch.Tensor, shards: int, rows: int) -> torch.Tensor:
-    """Drop copies of key heads: if there are more files than heads, neighbours share a head."""
+    """Drop copies of key heads: with more files than heads, adjacent files share one."""
     copies = tensor.shape[0] // rows
     if copies == 1:
         return tensor

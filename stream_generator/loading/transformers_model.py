@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 class ModelLoader:
     """Loads the transformers model of one source; see `load_checkpoint` for the fields.
 
-    packed_size: the bytes of (parameters, bits) packed weights; None if these cannot run instead.
+    packed_size: the bytes of packed weights, from (parameters, bits). None: do not advise packing.
     """
 
     found: LocatedModel
@@ -63,7 +63,7 @@ class ModelLoader:
         return model, parameters
 
     def _packing_advice(self, numbers: int, free: int) -> str:
-        """List the options that give packed weights which fit, with their sizes; "" if none do."""
+        """List the options whose packed weights fit into `free`, with sizes; "" if none do."""
         if self.packed_size is None:
             return ""
         offers = [
@@ -108,7 +108,7 @@ class ModelLoader:
 
 
 def _bytes_per_number(directory: Path) -> int:
-    """Return the bytes of a number in the weight files, by config.json; 2 if it does not say."""
+    """Return the bytes per number in the weight files, from config.json; 2 by default."""
     config = json.loads((directory / "config.json").read_text())
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     stored = getattr(torch, str(name), None)
@@ -126,10 +126,10 @@ def _free_for_weights(device: str | None, *, spread: bool) -> int:
 def fuse_and_pack(
     model: PreTrainedModel, quantize: str = "none", weights: Weights | None = None
 ) -> None:
-    """Fuse the layers of a known shape in place; on a GPU, also pack their weights.
+    """Fuse layers of a known shape in place. On a GPU, pack them as `quantize` says.
 
-    quantize: as in `load_checkpoint`. weights: the source's own, used where they are packed.
-    Raises `CheckpointError` if `quantize` names bits and the model cannot be fused.
+    quantize: as in `load_checkpoint`. weights: the source's, for layers that it has packed.
+    Raises `CheckpointError` for "int8" or "int4" if the model cannot be fused.
     """
     packing = Packing()
     if quantize != "none" and model.device.type == "cuda":

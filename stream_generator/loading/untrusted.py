@@ -12,7 +12,10 @@ _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 
 
 def reject_unsafe(directory: Path) -> None:
-    """Raise `CheckpointError` if a checkpoint asks to run code, or leads out of its directory."""
+    """Raise `CheckpointError` if a checkpoint asks to run code, or is an adapter.
+
+    Also raise if one of its indexes or links leads to a file outside of its directory.
+    """
     for file in [*directory.glob("*config.json"), *directory.glob("*.index.json")]:
         for key, value in _all_items(_read_json(file)):
             if key == "auto_map":

@@ -72,8 +72,8 @@ class CapturedSteps:
     def _capture(
         self, inputs: torch.Tensor, most_keys: int
     ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
-        """Capture the step of rows of one number. Runs the step of `inputs`, which changes nothing
-        that its replay would not change.
+        """Capture the step for this number of rows. Runs it once first, which writes what its
+        replay writes.
         """
         static_inputs = inputs.to(self._cache.layers[0].keys.device)
 
@@ -113,7 +113,7 @@ class CapturedSteps:
 class DecodeRows:
     """Rows of one new token each, with slots and positions in tensors that a graph reads.
 
-    Offers `attend`, as `SlotCache` does. Nothing in it depends on the values in the tensors.
+    Offers `attend`, as `SlotCache` does. No shape depends on the values in the tensors.
     """
 
     def __init__(

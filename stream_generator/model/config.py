@@ -14,7 +14,7 @@ _LOOP_SETTINGS = (
 def require_batchable(config: Any, generation_config: Any) -> None:
     """Raise `ValueError` if the engine cannot batch the requests of a model.
 
-    A comparison of logits on a few tokens would not reveal these obstacles.
+    Finds what a comparison of logits on a few tokens would miss.
     """
     config = config.get_text_config()
     rope = repr([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")])

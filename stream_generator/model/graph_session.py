@@ -69,7 +69,7 @@ class GraphSession:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Convert ONNX Runtime's errors to the two that `run` raises; they share no class."""
+    """Convert ONNX Runtime's errors, which share no class, to those that `run` raises."""
     try:
         yield
     except Exception as error:

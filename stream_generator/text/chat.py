@@ -141,7 +141,7 @@ class ChatFormat:
                     raise CheckpointError(RUNAWAY_TEMPLATE)
 
     def _pattern_for(self, message: Message) -> re.Pattern[str]:
-        """Matches the names to break up. Replies keep unflagged tokens, such as `<think>`."""
+        """Matches the names to break up. Replies keep non-special tokens, such as `<think>`."""
         assistant = message["role"] == "assistant"
         return self._special_pattern if assistant else self._control_pattern
 

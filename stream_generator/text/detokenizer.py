@@ -69,7 +69,7 @@ class Detokenizer:
     def _slide(self, text: str, held: str) -> None:
         """Remove the oldest ids, if the remaining ids decode to the end of the same text.
 
-        They do not if the first of them is inside a character. Of four ids, one is not inside.
+        They do not if the first begins inside a character. Of any four ids, one does not.
         """
         for keep in range(MIN_WINDOW, MIN_WINDOW + 4):
             shorter = self._text(self._window[-keep:])

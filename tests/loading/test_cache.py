@@ -1,12 +1,15 @@
 """Cache entries can be listed and deleted, and are replaced with their source."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import llama3_service
-from stream_generator.loading.cache import SourceCache, remove_old
+from stream_generator.errors import CheckpointError
+from stream_generator.loading.cache import SourceCache, make_once, remove_old
 
 
 @pytest.fixture
@@ -22,6 +25,24 @@ def make(directory: Path) -> None:
     (directory / "made").write_bytes(b"0" * 2_000_000)
 
 
+NOBODY = 65534
+
+
+@contextmanager
+def without_rights(directory: Path) -> Iterator[None]:
+    """Take the rights to `directory` away. Root always has them, so root becomes another user."""
+    is_root = os.geteuid() == 0
+    directory.chmod(0)
+    if is_root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+        directory.chmod(0o700)
+
+
 def test_a_new_version_or_a_changed_source_replaces_a_cache_entry(source: Path) -> None:
     first = SourceCache(source, [source]).get("graph", 1, make)
     other_kind = SourceCache(source, [source]).get("graph-int4", 1, make)
@@ -32,6 +53,27 @@ def test_a_new_version_or_a_changed_source_replaces_a_cache_entry(source: Path) 
     third = SourceCache(source, [source]).get("graph", 2, make)
     assert not second.exists()
     assert {path for path in third.parent.iterdir() if path.is_dir()} == {third, other_kind}
+
+
+def test_a_cache_that_cannot_be_written_is_a_clear_error(tmp_path: Path) -> None:
+    """Its rights are missing, its parent is a file, or its lock cannot be opened."""
+    remedy = "could not write to the cache directory .*; set XDG_CACHE_HOME to a writable directory"
+    with without_rights(tmp_path), pytest.raises(CheckpointError, match=remedy):
+        make_once(tmp_path / "kept", make)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=remedy):
+        make_once(tmp_path / "file" / "kept", make)
+    (tmp_path / "kept.lock").mkdir()
+    with pytest.raises(CheckpointError, match=remedy):
+        make_once(tmp_path / "kept", make)
+    (tmp_path / "kept.lock").rmdir()
+    assert (make_once(tmp_path / "kept", make) / "made").is_file()
+
+
+def test_a_directory_that_exceeds_the_free_disk_space_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="free some space, or set XDG_CACHE_HOME"):
+        make_once(tmp_path / "kept", make, size=10**18)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_the_cache_option_lists_entries_and_deletes_them_by_name(

@@ -1,4 +1,4 @@
-"""Converts a GGUF file's configuration, tokenizer and dense weights to Hugging Face format, once.
+"""Converts a GGUF file's configuration, tokenizer and weights to Hugging Face format, once.
 
 transformers needs about twenty seconds to read a small model's GGUF, but less than one second to
 read a directory.
@@ -73,7 +73,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def reject_part(name: str) -> None:
-    """Raise `CheckpointError` if a file is one part of a split GGUF, by llama.cpp's names."""
+    """Raise `CheckpointError` if a file's name, in llama.cpp's form, names one part of several."""
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", name):
         raise CheckpointError(
             f"{name} is one part of several; join them with llama.cpp's llama-gguf-split --merge"
@@ -102,7 +102,8 @@ class GgufFile:
     def dense(self) -> Path:
         """Return a directory with the whole model in Hugging Face format, in bfloat16.
 
-        Raises as `facts` does, also if the bfloat16 weights do not fit into memory.
+        Raises as `facts` does. Also raises `CheckpointError` if weights are missing, or if the
+        weights in bfloat16 are too large for the memory or the disk.
         """
         size = 2 * self.parameters
         reject_if_too_large(self.path, size, free_memory(torch.device("cpu")))
@@ -136,7 +137,7 @@ class GgufFile:
         from gguf import GGUFReader
 
         _ = self.parameters  # check the header before anything else reads the file
-        print(f"Reading {self.path.name} for faster starts (once) ...", file=sys.stderr)
+        print(f"Converting the tokenizer of {self.path.name} (once) ...", file=sys.stderr)
         try:
             reader = GGUFReader(self.path)
             with _isolated(self.path) as options:
@@ -173,7 +174,7 @@ class GgufFile:
 
 @contextmanager
 def _isolated(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield arguments for transformers to read this file and no others in its directory."""
+    """Yield arguments with which transformers reads only this file of its directory."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "model.gguf"
         source.symlink_to(path.resolve())
@@ -229,7 +230,7 @@ def _add_rotary_scaling(config: Any, reader: Any) -> None:
 
 
 def _correct_tokenizer(tokenizer: Any, fields: dict[str, Any]) -> None:
-    """Make the tokenizer split texts as in training, and begin them as the file says."""
+    """Make the tokenizer split as in training, and add a begin token if the file asks for it."""
 
     def field(name: str) -> Any:
         return fields[name].contents() if name in fields else None

@@ -101,7 +101,7 @@ class _Header:
         self._file.seek(self._checked_count(count, 1), 1)
 
     def _checked_count(self, count: int, size: int) -> int:
-        """Return `count`. Raises `ValueError` if so many items of `size` bytes cannot follow."""
+        """Return `count`. Raises `ValueError` if fewer than `count * size` bytes follow."""
         if count * size > self._size - self._file.tell():
             raise ValueError(
                 f"{count * size} bytes at byte {self._file.tell()} reach past the end of the file"

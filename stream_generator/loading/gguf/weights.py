@@ -32,7 +32,7 @@ _PACKED = {*_HEADER_BYTES, *_GROUPED_BITS, GGMLQuantizationType.Q6_K}
 class GgufWeights:
     """A file's tensors by the names of transformers' modules and parameters.
 
-    The file is mapped to memory, so each tensor is read only when it is asked for.
+    The file is memory-mapped, so each tensor is read only when it is asked for.
     """
 
     def __init__(self, path: Path):
@@ -116,9 +116,10 @@ def _unpack(rows: torch.Tensor, kind: GGMLQuantizationType) -> PackedWeight:
 def _unpack_q4_k_or_q5_k(rows: torch.Tensor, bits: int) -> PackedWeight:
     """Read blocks of Q4_K or Q5_K, in which a weight is scale * value - minimum.
 
-    A block holds a scale and a minimum in half precision, then 12 bytes with multiples of both for
-    each group, six bits each. In Q5_K, 32 bytes of fifth bits follow. Then each byte holds the
-    lower four bits of two weights, which are in neighbouring groups. rows: uint8 [out, bytes].
+    A block holds a scale and a minimum in half precision. Then 12 bytes hold two factors of six
+    bits for each group: one for the scale, one for the minimum. In Q5_K, 32 bytes of fifth bits
+    follow. Then each byte holds the lower four bits of two weights, which are in neighbouring
+    groups. rows: uint8 [out, bytes].
     """
     blocks = rows.unflatten(1, (-1, 16 + GROUP * bits))
     own = blocks[:, :, :4].contiguous().view(torch.float16).float()  # [out, blocks, 2]

@@ -84,9 +84,8 @@ def load_checkpoint(
         loaded_dtype, loaded_device = torch.float32, torch.device("cpu")
         parameters = SavedGraph.load(graph).parameters
     return Checkpoint(
-        **facts_of(parts.config, parts.generation_config, parts.tokenizer),
+        **facts_of(parts.config, parts.generation_config, parts.tokenizer, parts.chat),
         name=name or found.name,
-        chat=parts.chat,
         load_model=lambda: load()[0],
         dtype=loaded_dtype,
         device=loaded_device,

@@ -165,7 +165,7 @@ class ChatFormat:
                     rendered = self._apply_template(messages, tokenize=False, continues=False)
                 _, _, after = rendered.rpartition(_REPLY)
                 if _REPLY in rendered and (found := self._control_pattern.search(after)):
-                    return self._id_by_name[found.group()]
+                    return int(self._id_by_name[found.group()])
         return None
 
     def _pattern_for(self, message: Message) -> re.Pattern[str]:

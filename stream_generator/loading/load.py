@@ -11,8 +11,16 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loaded_model import Checkpoint, facts_of
 from stream_generator.loading.cache import remove_old
+from stream_generator.loading.diagnosis import reject_cut_off, reject_other_kind
 from stream_generator.loading.graph_choice import choose_graph, could_pack, wants_packed
-from stream_generator.loading.layout import DEMO, META, LocatedModel, could_not_load, locate
+from stream_generator.loading.layout import (
+    DEMO,
+    META,
+    LocatedModel,
+    could_not_load,
+    locate,
+    weights_in,
+)
 from stream_generator.loading.untrusted import reject_pickle, reject_unsafe
 from stream_generator.model.packed_weight import packed_size
 from stream_generator.model.saved_graph import SavedGraph
@@ -110,6 +118,9 @@ def _find(source: str | None, *, allow_pickle: bool) -> LocatedModel:
         reject_unsafe(found.directory)
         if not allow_pickle:
             reject_pickle(found.directory)
+        if found.gguf is None:
+            for file in weights_in(found.directory):
+                reject_cut_off(file)
     except (OSError, RuntimeError) as error:  # such as missing permissions
         raise CheckpointError(
             f"could not read {source or DEMO}: {error}; check the path and its permissions"
@@ -119,10 +130,11 @@ def _find(source: str | None, *, allow_pickle: bool) -> LocatedModel:
 
 def _read_parts(found: LocatedModel, source: str | None) -> _Parts:
     try:
+        config = AutoConfig.from_pretrained(found.directory, trust_remote_code=False)
+        reject_other_kind(found.origin, config)
         tokenizer = AutoTokenizer.from_pretrained(found.directory, trust_remote_code=False)
         chat = MetaChatFormat(tokenizer) if found.layout == META else ChatFormat(tokenizer)
         chat.check_template()
-        config = AutoConfig.from_pretrained(found.directory, trust_remote_code=False)
         return _Parts(tokenizer, chat, config, _generation_config(found.directory, config))
     except CheckpointError:
         raise

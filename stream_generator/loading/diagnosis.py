@@ -84,7 +84,7 @@ def reject_adapter(directory: Path) -> None:
 
 def _base_of(directory: Path) -> str:
     try:
-        content = json.loads((directory / ADAPTER).read_text(encoding="utf-8-sig"))
+        content = json.loads((directory / ADAPTER).read_bytes())
         return str(content["base_model_name_or_path"] or "an unnamed base model")
     except (OSError, ValueError, KeyError, TypeError):
         return "an unnamed base model"

@@ -1,6 +1,7 @@
 """`load_checkpoint`: loads a model from any source, in five steps."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +22,7 @@ from stream_generator.loading.layout import (
     locate,
     weights_in,
 )
+from stream_generator.loading.tidy import tidy
 from stream_generator.loading.untrusted import reject_pickle, reject_unsafe
 from stream_generator.model.packed_weight import packed_size
 from stream_generator.model.saved_graph import SavedGraph
@@ -119,6 +121,7 @@ def _find(source: str | None, *, allow_pickle: bool) -> LocatedModel:
         if not allow_pickle:
             reject_pickle(found.directory)
         if found.gguf is None:
+            found = replace(found, directory=tidy(found.directory), source=found.directory)
             for file in weights_in(found.directory):
                 reject_cut_off(file)
     except (OSError, RuntimeError) as error:  # such as missing permissions

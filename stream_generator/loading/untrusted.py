@@ -72,7 +72,7 @@ def _names_in_index(index: Path) -> list[str]:
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
+        return json.loads(file.read_bytes())  # in any encoding of Unicode, with or without a mark
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{file} is not JSON ({error}); correct it, or take it from the model's own page"

@@ -1,0 +1,88 @@
+"""Makes a tidy copy of a directory whose files transformers would read wrongly, out of links."""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stream_generator.loading.cache import SourceCache
+from stream_generator.loading.diagnosis import ADAPTER
+
+RULES = 1  # raise this when the rules change, so that cached copies are made again
+TEMPLATE = "chat_template.jinja"
+PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # where processors keep templates
+TEXTS = (".json", ".jinja", ".txt")
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+def tidy(directory: Path, cache: Path | None = None) -> Path:
+    """Return `directory` if it is tidy, or else a cached directory of links and corrected files.
+
+    Removes byte order marks, writes the chat template of an old processor to its new place, and
+    leaves out the configuration of an adapter that is merged. Does not change `directory`.
+    """
+    changes = dict(_changes(directory))
+    if not changes:
+        return directory
+
+    def make(target: Path) -> None:
+        target.mkdir()
+        for file in directory.iterdir():
+            if file.name not in changes:
+                (target / file.name).symlink_to(file.resolve())
+        for name, content in changes.items():
+            if content is not None:
+                (target / name).write_text(content, encoding="utf-8", newline="")
+
+    files = [file for file in directory.iterdir() if file.is_file()]
+    return SourceCache(directory, files, cache).get("tidy", RULES, make)
+
+
+def read_json(file: Path) -> Any:
+    """Read JSON with or without a byte order mark; None if the file is missing or is no JSON."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _changes(directory: Path) -> Iterator[tuple[str, str | None]]:
+    """Yield names of files with their corrected content; None to leave a file out."""
+    for file in directory.iterdir():
+        if file.suffix in TEXTS and file.is_file() and (text := _without_mark(file)) is not None:
+            yield file.name, text
+    if (directory / ADAPTER).is_file():
+        yield ADAPTER, None
+    if template := _processor_template(directory):
+        yield TEMPLATE, template
+
+
+def _without_mark(file: Path) -> str | None:
+    """Return the text of a file that begins with a byte order mark; None for any other file."""
+    with file.open("rb") as stream:
+        beginning = stream.read(3)
+    for mark, encoding in MARKS.items():
+        if beginning.startswith(mark):
+            try:
+                return file.read_bytes().decode(encoding)
+            except UnicodeDecodeError:
+                return None  # transformers will reject the file
+    return None
+
+
+def _processor_template(directory: Path) -> str | None:
+    """Return the template of an old processor, if the tokenizer has none."""
+    config = read_json(directory / "tokenizer_config.json")
+    has_own = isinstance(config, dict) and config.get("chat_template")
+    if has_own or (directory / TEMPLATE).is_file():
+        return None
+    for name in PROCESSOR_FILES:
+        content = read_json(directory / name)
+        template = content.get("chat_template") if isinstance(content, dict) else None
+        if isinstance(template, list):  # several templates with names
+            named = [entry for entry in template if isinstance(entry, dict)]
+            template = next((x.get("template") for x in named if x.get("name") == "default"), None)
+        if isinstance(template, str) and template:
+            return template
+    return None

@@ -34,6 +34,14 @@ OTHER_KINDS = {
 }
 
 
+def read_json(file: Path) -> Any:
+    """Read JSON with or without a byte order mark; None if the file is missing or is no JSON."""
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
 def reject_pointer(file: Path) -> None:
     """Raise `CheckpointError` if a file is a git-lfs pointer or a web page, and not the content."""
     if file.suffix not in READ_SUFFIXES or not file.is_file():
@@ -83,11 +91,9 @@ def reject_adapter(directory: Path) -> None:
 
 
 def _base_of(directory: Path) -> str:
-    try:
-        content = json.loads((directory / ADAPTER).read_bytes())
-        return str(content["base_model_name_or_path"] or "an unnamed base model")
-    except (OSError, ValueError, KeyError, TypeError):
-        return "an unnamed base model"
+    content = read_json(directory / ADAPTER)
+    name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+    return str(name or "an unnamed base model")
 
 
 def reject_other_kind(directory: Path, config: Any) -> None:

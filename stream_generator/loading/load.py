@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loaded_model import Checkpoint, facts_of
@@ -23,6 +23,7 @@ from stream_generator.loading.layout import (
     weights_in,
 )
 from stream_generator.loading.tidy import tidy
+from stream_generator.loading.tokenizer_files import load_tokenizer
 from stream_generator.loading.untrusted import reject_pickle, reject_unsafe
 from stream_generator.model.packed_weight import packed_size
 from stream_generator.model.saved_graph import SavedGraph
@@ -135,7 +136,7 @@ def _read_parts(found: LocatedModel, source: str | None) -> _Parts:
     try:
         config = AutoConfig.from_pretrained(found.directory, trust_remote_code=False)
         reject_other_kind(found.origin, config)
-        tokenizer = AutoTokenizer.from_pretrained(found.directory, trust_remote_code=False)
+        tokenizer = load_tokenizer(found.directory, found.origin)
         chat = MetaChatFormat(tokenizer) if found.layout == META else ChatFormat(tokenizer)
         chat.check_template()
         return _Parts(tokenizer, chat, config, _generation_config(found.directory, config))

@@ -1,50 +1,48 @@
 """Makes a tidy copy of a directory whose files transformers would read wrongly, out of links."""
 
 import codecs
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from stream_generator.loading.cache import SourceCache
-from stream_generator.loading.diagnosis import ADAPTER
+from stream_generator.loading.diagnosis import ADAPTER, read_json
+from stream_generator.loading.tokenizer_files import has_only_sentencepiece, write_converted
 
 RULES = 1  # raise this when the rules change, so that cached copies are made again
 TEMPLATE = "chat_template.jinja"
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # where processors keep templates
 TEXTS = (".json", ".jinja", ".txt")
+# Files that the conversion of a tokenizer writes, or whose content it takes over.
+REPLACED = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def tidy(directory: Path, cache: Path | None = None) -> Path:
     """Return `directory` if it is tidy, or else a cached directory of links and corrected files.
 
-    Removes byte order marks, writes the chat template of an old processor to its new place, and
-    leaves out the configuration of an adapter that is merged. Does not change `directory`.
+    Removes byte order marks, writes the chat template of an old processor to its new place, leaves
+    out the configuration of an adapter that is merged, and converts tokenizer.model if there is no
+    tokenizer.json. Does not change `directory`. Raises `CheckpointError` as `write_converted` does.
     """
     changes = dict(_changes(directory))
-    if not changes:
+    converts = has_only_sentencepiece(directory)
+    if not changes and not converts:
         return directory
 
     def make(target: Path) -> None:
         target.mkdir()
         for file in directory.iterdir():
-            if file.name not in changes:
+            if file.name not in changes and not (converts and file.name in REPLACED):
                 (target / file.name).symlink_to(file.resolve())
         for name, content in changes.items():
-            if content is not None:
+            if content is not None and not (converts and name in REPLACED):
                 (target / name).write_text(content, encoding="utf-8", newline="")
+
+        if converts:
+            write_converted(directory, target)
 
     files = [file for file in directory.iterdir() if file.is_file()]
     return SourceCache(directory, files, cache).get("tidy", RULES, make)
-
-
-def read_json(file: Path) -> Any:
-    """Read JSON with or without a byte order mark; None if the file is missing or is no JSON."""
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _changes(directory: Path) -> Iterator[tuple[str, str | None]]:

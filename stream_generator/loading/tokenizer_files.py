@@ -1,15 +1,19 @@
 """Loads the tokenizer of a directory; converts tokenizer.model if there is no tokenizer.json."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, processors
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import __version__ as version
 
 from stream_generator.errors import CheckpointError
 from stream_generator.loading.diagnosis import read_json
-from stream_generator.loading.sentencepiece_model import REMEDY, convert_sentencepiece
+from stream_generator.loading.sentencepiece_model import PROBES, REMEDY, convert_sentencepiece
+
+logger = logging.getLogger(__name__)
 
 FAST, SENTENCEPIECE, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 # What transformers converts itself: byte-level BPE of GPT-2's kind, and BERT's words.
@@ -31,7 +35,9 @@ def load_tokenizer(directory: Path, origin: Path) -> Any:
     whatever transformers raises for a damaged one.
     """
     _reject_missing(directory, origin)
-    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    tokenizer = _by_class(directory)
+    if (directory / FAST).is_file():
+        tokenizer = _as_in_file(tokenizer, directory, origin)
     if not getattr(tokenizer, "is_fast", False):
         raise CheckpointError(
             f"{origin} has the slow tokenizer {type(tokenizer).__name__}, without tokenizer.json; "
@@ -41,6 +47,55 @@ def load_tokenizer(directory: Path, origin: Path) -> Any:
     if not set(tokenizer.get_vocab()) - special - set(tokenizer.all_special_tokens):
         raise CheckpointError(f"{origin} has a tokenizer without a vocabulary; {REMEDY}")
     return tokenizer
+
+
+def _by_class(directory: Path) -> Any:
+    """Load a tokenizer by the class that a configuration names, or without it if that fails."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception:  # the class may be wrong, but tokenizer.json needs none
+        if not (directory / FAST).is_file():
+            raise
+        return PreTrainedTokenizerFast.from_pretrained(directory, trust_remote_code=False)
+
+
+def _as_in_file(tokenizer: Any, directory: Path, origin: Path) -> Any:
+    """Return a tokenizer that splits texts by the rules in tokenizer.json.
+
+    transformers 5 replaces these rules by those of the class that a configuration names.
+    """
+    file = Tokenizer.from_file(str(directory / FAST))
+    file.no_truncation()
+    file.no_padding()
+    if _splits_like(tokenizer, file):
+        return tokenizer
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    config = _as_dict(read_json(directory / CONFIG))
+    missing = {name: getattr(tokenizer, name) for name in names if name not in config}
+    known = {name: token for name, token in missing.items() if token in file.get_vocab()}
+    plain = PreTrainedTokenizerFast.from_pretrained(directory, trust_remote_code=False, **known)
+    if not _splits_like(plain, file):
+        raise CheckpointError(
+            f"transformers {version} does not split texts as {origin / FAST} says; {REMEDY}"
+        )
+    kind = type(tokenizer).__name__
+    logger.info("splitting texts as tokenizer.json says, and not as %s does", kind)
+    return plain
+
+
+def _splits_like(tokenizer: Any, file: Tokenizer) -> bool:
+    """Whether a tokenizer gives sample texts the ids that the tokenizer of a file gives them."""
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    stored = {t.content for t in file.get_added_tokens_decoder().values() if t.special}
+    turns = [f"{name}Hello {name} there" for name in sorted(special & stored)[:3]]
+    try:
+        return all(
+            tokenizer.encode(text, add_special_tokens=False)
+            == file.encode(text, add_special_tokens=False).ids
+            for text in (*PROBES, *turns)
+        )
+    except Exception:  # such as an unknown token that the vocabulary lacks
+        return False
 
 
 def has_only_sentencepiece(directory: Path) -> bool:

@@ -1,5 +1,6 @@
 """Says what a directory or file is, if it is no causal language model that can be loaded."""
 
+import contextlib
 import json
 import logging
 import re
@@ -19,6 +20,10 @@ POINTER = b"version https://git-lfs.github.com/spec/"
 WEB_PAGE = re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE)
 READ_SUFFIXES = {".json", ".jinja", ".model", ".safetensors", ".bin", ".pth", ".gguf", ".txt"}
 NUMBERS_IN_HEADER = 100_000_000  # bytes of a safetensors header, at most; the format's own limit
+
+GGUF_STRING = 8  # a type of a value in GGUF's metadata
+GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by type
+MAX_GGUF_FACTS, MAX_GGUF_TEXT = 1000, 1_000_000  # values and bytes that are read at most
 
 # What the class of a model computes instead of the next token, by a part of the class's name.
 OTHER_KINDS = {
@@ -124,6 +129,75 @@ def _other_kind(directory: Path, config: Any) -> str | None:
 
 def _name(names: list[str], config: Any) -> str:
     return names[0] if names else str(config.model_type)
+
+
+def reject_packed_for_mlx(directory: Path) -> None:
+    """Raise `CheckpointError` if weights are packed in MLX's format."""
+    config = read_json(directory / "config.json")
+    packing = config.get("quantization") if isinstance(config, dict) else None
+    if isinstance(packing, dict) and "bits" in packing:
+        raise CheckpointError(
+            f"{directory} holds weights that are packed for MLX; use the version with plain "
+            "weights, or a GGUF"
+        )
+
+
+def where_it_may_be(directory: Path) -> str:
+    """Say what a directory without a checkpoint is, with the remedy; "" if that is not known."""
+    inside = [*directory.glob("*/config.json"), *directory.glob("snapshots/*/config.json")]
+    if inside:
+        names = ", ".join(str(file.parent) for file in sorted(inside)[:8])
+        return f"its model lies in another directory; name one of these: {names}"
+    if (directory / "params.json").is_file() and any(directory.glob("consolidated*.safetensors")):
+        return "it is in Mistral's own format; use the model in Hugging Face format"
+    if (directory / "model_index.json").is_file():
+        return "it makes images (model_index.json); use a model that generates text"
+    for kind, name in (("*.onnx", "ONNX"), ("*.engine", "TensorRT"), ("*.h5", "TensorFlow")):
+        if any(directory.glob(kind)):
+            return f"it is in the format of {name}; use the model in Hugging Face format"
+    return ""
+
+
+def reject_gguf_of_other_kind(file: Path) -> None:
+    """Raise `CheckpointError` if a GGUF file is an adapter or belongs to the images of a model."""
+    facts = _beginning_of_gguf(file)
+    if facts.get("general.type") == "adapter":
+        raise CheckpointError(
+            f"{file} is an adapter (LoRA), and no whole model; merge it into its base model with "
+            "llama.cpp's llama-export-lora, and use the result"
+        )
+    if facts.get("general.type") == "mmproj" or facts.get("general.architecture") == "clip":
+        raise CheckpointError(
+            f"{file} reads images for another model (mmproj), and generates no text; name the GGUF "
+            "file of the language model"
+        )
+
+
+def _beginning_of_gguf(file: Path) -> dict[str, str]:
+    """Read the strings at the beginning of a GGUF's metadata, up to the first list."""
+    facts: dict[str, str] = {}
+    with file.open("rb") as stream, contextlib.suppress(struct.error, UnicodeDecodeError):
+
+        def number(form: str) -> int:
+            (value,) = struct.unpack(form, stream.read(struct.calcsize(form)))
+            return int(value)
+
+        def text() -> str:
+            length = number("<Q")
+            if length > MAX_GGUF_TEXT:
+                raise struct.error
+            return stream.read(length).decode()
+
+        stream.read(16)  # magic, version, number of tensors
+        for _ in range(min(number("<Q"), MAX_GGUF_FACTS)):
+            name, kind = text(), number("<I")
+            if kind == GGUF_STRING:
+                facts[name] = text()
+            elif kind in GGUF_SIZES:
+                stream.read(GGUF_SIZES[kind])
+            else:
+                break
+    return facts
 
 
 def reject_cut_off(file: Path) -> None:

@@ -10,7 +10,14 @@ from transformers import __version__ as version
 from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loading.cache import SourceCache
 from stream_generator.loading.demo_model import DEMO_NAME, demo_gguf
-from stream_generator.loading.diagnosis import reject_adapter, reject_pointer, reject_pointers
+from stream_generator.loading.diagnosis import (
+    reject_adapter,
+    reject_gguf_of_other_kind,
+    reject_packed_for_mlx,
+    reject_pointer,
+    reject_pointers,
+    where_it_may_be,
+)
 from stream_generator.loading.gguf.file import GgufFile, is_gguf
 from stream_generator.loading.hub import download_file, download_model
 from stream_generator.loading.meta_checkpoint import convert_meta_checkpoint, is_meta_layout
@@ -52,6 +59,7 @@ class LocatedModel:
     @classmethod
     def of_gguf(cls, path: Path, layout: str = GGUF, name: str | None = None) -> Self:
         """Return the model of a GGUF file. Raises `CheckpointError` if the file is not readable."""
+        reject_gguf_of_other_kind(path)
         file = GgufFile(path)
         return cls(layout, file.facts(), name or path.stem, file)
 
@@ -93,6 +101,7 @@ def locate(source: str | None, *, allow_pickle: bool = False) -> LocatedModel:
 def _in_directory(path: Path) -> LocatedModel:
     reject_pointers(path)
     reject_adapter(path)
+    reject_packed_for_mlx(path)
     name = path.resolve().name
     ggufs = sorted(path.glob("*.gguf"))
     if (path / "config.json").is_file() and (weights_in(path) or not ggufs):
@@ -104,6 +113,8 @@ def _in_directory(path: Path) -> LocatedModel:
     if ggufs:
         names = ", ".join(p.name for p in ggufs[:8])
         raise CheckpointError(f"{path} holds several GGUF files; name one of them: {names}")
+    if place := where_it_may_be(path):
+        raise CheckpointError(f"{path} holds no checkpoint: {place}")
     found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     raise CheckpointError(f"{path} holds no checkpoint (found: {found}); --ckpts takes {ACCEPTED}")
 

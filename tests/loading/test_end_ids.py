@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 from support.fakes import CHAT_TEMPLATE, END, TURN, byte_tokenizer
 from support.models import build, tiny_llama
+from transformers import Gemma3Config, GenerationConfig
 
 from stream_generator.engine.engine import Engine
 from stream_generator.engine.runners import runner_for
 from stream_generator.engine.solo_runner import SoloRunner
+from stream_generator.loaded_model import facts_of
 from stream_generator.loading.load import load_checkpoint
 from stream_generator.sampling_params import SamplingParams
 from stream_generator.text.chat import ChatFormat
@@ -141,6 +143,15 @@ def test_the_end_of_a_turn_finishes_a_reply_if_the_configurations_name_another_i
 def test_the_ids_of_every_file_end_a_reply(tmp_path: Path) -> None:
     source = saved(tmp_path, byte_tokenizer(CHAT_TEMPLATE), config=7, generation_config=[8, 9])
     assert load_checkpoint(source).end_ids == {7, 8, 9, END, TURN}
+
+
+def test_the_ids_of_the_outer_part_of_a_configuration_end_a_reply() -> None:
+    """A configuration for texts and images has a part for texts, which may name no end."""
+    config = Gemma3Config(
+        text_config={"eos_token_id": None, "vocab_size": 258}, eos_token_id=[5, 6]
+    )
+    facts = facts_of(config, GenerationConfig(), byte_tokenizer(None), ChatFormat(byte_tokenizer()))
+    assert {5, 6} <= facts["end_ids"]
 
 
 @pytest.mark.parametrize("ends", [None, [], -1, [-1]])

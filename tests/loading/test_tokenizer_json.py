@@ -11,6 +11,7 @@ from support.models import build
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers import processors as post_processors
 
+from stream_generator.errors import CheckpointError
 from stream_generator.loading.load import load_checkpoint
 
 TEXTS = (
@@ -100,3 +101,28 @@ def test_texts_get_the_ids_of_the_file(
     for text in (*TEXTS, f"<s>{TEXTS[0]}</s><s> x"):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert ids == file.encode(text, add_special_tokens=False).ids, text
+
+
+def test_a_tokenizer_without_words_is_rejected(weights: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(weights / "llama", tmp_path / "model")
+    tokenizer = Tokenizer(models.BPE({"<unk>": 0}, [], unk_token="<unk>"))
+    tokenizer.add_special_tokens(list(ROLES.values()))
+    tokenizer.save(str(source / "tokenizer.json"))
+    with pytest.raises(CheckpointError, match="without a vocabulary"):
+        load_checkpoint(str(source))
+
+
+def test_a_tokenizer_json_may_limit_the_length_of_texts_for_training(
+    weights: Path, tmp_path: Path
+) -> None:
+    """The limits are no rules for the ids of a text."""
+    source = shutil.copytree(weights / "llama", tmp_path / "model")
+    file = digits_first()
+    file.enable_truncation(max_length=4)
+    file.enable_padding(length=8)
+    file.save(str(source / "tokenizer.json"))
+    file.no_truncation()
+    file.no_padding()
+    tokenizer = load_checkpoint(str(source), "none").tokenizer
+    for text in TEXTS:
+        assert tokenizer.encode(text) == file.encode(text).ids

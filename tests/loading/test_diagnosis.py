@@ -22,6 +22,7 @@ from transformers import (
 
 from stream_generator.errors import CheckpointError
 from stream_generator.loading.load import load_checkpoint
+from stream_generator.loading.weights import SafetensorsWeights
 from stream_generator.model.graph_session import GraphSession
 from stream_generator.model.saved_graph import STEP
 
@@ -306,3 +307,11 @@ def test_only_weights_that_are_cut_off_are_to_be_downloaded_again(model: Path, k
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is cut off.*download it again"):
         load_checkpoint(str(model))
+
+
+def test_the_embedding_is_read_as_the_output_matrix_only_if_they_are_tied(tied: Path) -> None:
+    files = [tied / "model.safetensors"]
+    weights = SafetensorsWeights(files, tied=True)
+    assert weights.dense("lm_head.weight").equal(weights.dense("model.embed_tokens.weight"))
+    with pytest.raises(KeyError, match=r"lm_head\.weight"):
+        SafetensorsWeights(files).dense("lm_head.weight")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # its import takes a second, and step graphs do not need it
 logger = logging.getLogger(__name__)
 
 # In Llama 3, the first token ends a text and the other two end a turn. Some copies of the model
-# name only one of them in their configuration, so replies would never stop.
+# name only one of them in their configuration, and have no chat template that names another.
 LLAMA3_END_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 
 DEFAULT_CONTEXT_LENGTH = 2048  # if a configuration names none
@@ -83,9 +83,8 @@ class Checkpoint:
     def of(cls, model: "PreTrainedModel", tokenizer: Any, name: str = "model") -> Self:
         """Make the checkpoint of a model that is loaded already."""
         return cls(
-            **facts_of(model.config, model.generation_config, tokenizer),
+            **facts_of(model.config, model.generation_config, tokenizer, ChatFormat(tokenizer)),
             name=name,
-            chat=ChatFormat(tokenizer),
             load_model=lambda: model,
             dtype=model.dtype,
             device=model.device,
@@ -145,14 +144,17 @@ class Checkpoint:
                 )
 
 
-def facts_of(config: Any, generation_config: GenerationConfig, tokenizer: Any) -> dict[str, Any]:
-    """The fields of a `Checkpoint` that come from its configurations and its tokenizer."""
+def facts_of(
+    config: Any, generation_config: GenerationConfig, tokenizer: Any, chat: ChatFormat
+) -> dict[str, Any]:
+    """The fields of a `Checkpoint` that come from its configurations, tokenizer and chat format."""
     text_config = config.get_text_config()
     return {
         "tokenizer": tokenizer,
+        "chat": chat,
         "config": config,
         "generation_config": generation_config,
-        "end_ids": _end_ids(text_config, generation_config, tokenizer),
+        "end_ids": _end_ids((config, text_config, generation_config), tokenizer, chat),
         "context_length": getattr(text_config, "max_position_embeddings", None)
         or DEFAULT_CONTEXT_LENGTH,
         "vocab_size": text_config.vocab_size,
@@ -160,12 +162,12 @@ def facts_of(config: Any, generation_config: GenerationConfig, tokenizer: Any) -
     }
 
 
-def _end_ids(config: Any, generation_config: Any, tokenizer: Any) -> frozenset[int]:
-    """Every id that a configuration or the tokenizer names as an end, and Llama 3's end ids."""
+def _end_ids(configs: Iterable[Any], tokenizer: Any, chat: ChatFormat) -> frozenset[int]:
+    """Every id that a configuration, the tokenizer or the chat template names as an end."""
     named = [
-        getattr(generation_config, "eos_token_id", None),
-        getattr(config, "eos_token_id", None),
+        *(getattr(config, "eos_token_id", None) for config in configs),
         tokenizer.eos_token_id,
+        chat.end_of_turn(),
         [i for i, t in tokenizer.added_tokens_decoder.items() if t.content in LLAMA3_END_TOKENS],
     ]
     ids = {i for value in named for i in (value if isinstance(value, list) else [value])}

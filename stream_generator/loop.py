@@ -154,7 +154,7 @@ def _generators(rows: int, seed: int | None) -> list[torch.Generator]:
 def _pad_id(config: GenerationConfig) -> int:
     """The configured pad id, or else an end id, as in transformers."""
     for ids in (config.pad_token_id, config.eos_token_id):
-        if ids is not None:
+        if ids is not None and ids != []:
             return int(ids[0] if isinstance(ids, list) else ids)
     return 0
 
@@ -215,6 +215,7 @@ def _generation_config(model: PreTrainedModel, request: Request) -> GenerationCo
         max_time=None if config.max_time is None else math.inf,
         num_beams=1,
         eos_token_id=sorted(request.all_end_ids) or None,
+        pad_token_id=max(_pad_id(config), 0),  # one row has no pads, but transformers wants an id
         return_dict_in_generate=False,
         num_return_sequences=1,
     )

@@ -116,12 +116,18 @@ HARMS: dict[str, tuple[Harm, str]] = {
         config(architectures=["Skynet"], model_type="skynet"), "could not load.*skynet",
     ),
     "an architecture that does not write": (
-        config(architectures=["CLIPModel"], model_type="clip"), "could not load .*CLIPConfig",
+        config(architectures=["CLIPModel"], model_type="clip"), "no causal language model",
     ),
     "a kernel of the hub's": (
         config(attn_implementation="kernels-community/flash-attn"), "code from the hub",
     ),
-    "an adapter of another model": (text("adapter_config.json", "{}"), "an adapter"),
+    "an adapter of another model": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "adapter_model.safetensors"),
+            text("adapter_config.json", "[]")(folder),
+        ),
+        "an adapter of an unnamed base model",
+    ),
     "pickled weights": (pickled(dict), "--allow-pickle"),
     "a template that loops": (
         text("chat_template.jinja", "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3),
@@ -142,16 +148,16 @@ HARMS: dict[str, tuple[Harm, str]] = {
     "a template that makes a book": (
         text("chat_template.jinja", "{{ 'word ' * 1000000 }}"), "never finishes",
     ),
-    "cut off weights": (raw_weights(lambda data: data[:5000]), "incomplete metadata"),
-    "weights cut off early": (raw_weights(lambda data: data[:50]), "invalid header length"),
-    "empty weights": (raw_weights(lambda data: b""), "header too small"),
+    "cut off weights": (raw_weights(lambda data: data[:5000]), "is cut off"),
+    "weights cut off early": (raw_weights(lambda data: data[:50]), "is cut off"),
+    "empty weights": (raw_weights(lambda data: b""), "is cut off"),
     "a header longer than the file": (
         raw_weights(lambda data: struct.pack("<Q", 2**62) + data[8:]), "header too large",
     ),
     "a header that is no JSON": (
         raw_weights(lambda data: struct.pack("<Q", 9) + b"\xff" * 9), "invalid UTF-8 in header",
     ),
-    "a tensor outside the file": (lies(data_offsets=[2**40, 2**40 + 128]), "invalid offset"),
+    "a tensor outside the file": (lies(data_offsets=[2**40, 2**40 + 128]), "is cut off"),
     "a tensor backwards": (lies(data_offsets=[128, 0]), "invalid offset"),
     "a shape that is not its size": (lies(shape=[2**40]), "invalid shape"),
     "a type that there is not": (lies(dtype="F1024"), "unknown variant"),

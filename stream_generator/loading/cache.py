@@ -100,7 +100,7 @@ def entries(cache: Path | None = None) -> list[CacheEntry]:
         CacheEntry(
             path.name,
             sorted({part.name.rpartition("-")[0] for part in path.iterdir() if part.is_dir()}),
-            sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+            sum(file.lstat().st_size for file in path.rglob("*") if file.is_file()),
         )
         for path in _entry_paths(cache)
     ]

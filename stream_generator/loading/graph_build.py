@@ -60,6 +60,11 @@ def build_graph(config: PreTrainedConfig, weights: Weights, directory: Path) -> 
     (directory / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
+def parameter_names(config: PreTrainedConfig) -> set[str]:
+    """Return the names of all weights of a model."""
+    return set(_meta_model(config).state_dict())
+
+
 def layer_shape(config: PreTrainedConfig) -> LayerShape:
     """Return the shape of a model's layers. Raises `NotBuildable` if they are not like Llama's."""
     return _shape_of(_meta_model(config), config)

@@ -7,7 +7,8 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from stream_generator.loading.layout import LocatedModel, weights_in
-from stream_generator.loading.weights import PackedOnRead, SafetensorsWeights
+from stream_generator.loading.weight_names import check_names
+from stream_generator.loading.weights import HEAD, PackedOnRead, SafetensorsWeights
 from stream_generator.model.packed_weight import Weights
 
 BUILDER = 3  # raise this when graphs change, so that cached ones are built again
@@ -22,14 +23,18 @@ def get_or_build_graph(found: LocatedModel, config: PreTrainedConfig, bits: int 
 
     def make(directory: Path) -> None:
         # Imported here, because later starts do not build the graph.
-        from stream_generator.loading.graph_build import build_graph
+        from stream_generator.loading.graph_build import build_graph, parameter_names
 
         print(f"Building the graph of {found.name} for faster starts (once) ...", file=sys.stderr)
         stored: Weights
         if found.gguf:
             stored = found.gguf.weights()
         else:
-            stored = SafetensorsWeights(weights_in(found.directory))
+            tied = bool(config.tie_word_embeddings)
+            stored = SafetensorsWeights(weights_in(found.directory), tied=tied)
+            expected = parameter_names(config)
+            missing = expected - stored.names - ({f"{HEAD}.weight"} if tied else set())
+            check_names(found.origin, missing, stored.names - expected)
         build_graph(config, PackedOnRead(stored, bits or 8), directory)
 
     # The checks in `build_graph` are valid for one version of ONNX Runtime.

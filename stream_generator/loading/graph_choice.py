@@ -70,5 +70,6 @@ def choose_graph(
         return None
     except KeyError as error:
         raise CheckpointError(
-            f"{found.name} lacks the weight {error.args[0]}; download the model again"
+            f"{found.name} lacks the weight {error.args[0]}; take all weight files and "
+            "config.json from the same version of the model"
         ) from error

@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import DryRunError, GatedRepoError
 
 from stream_generator.errors import CheckpointError
+from stream_generator.loading.diagnosis import reject_adapter
 from stream_generator.loading.gguf.file import reject_part
 from stream_generator.loading.untrusted import reject_unsafe, weight_files
 
@@ -32,12 +33,16 @@ def download_model(name: str, revision: str | None, *, allow_pickle: bool = Fals
     if not directory.is_dir():
         raise _not_found(name, revision, WEIGHTS)
     reject_unsafe(directory)
+    if not (directory / "config.json").is_file():
+        reject_adapter(directory)
     kinds = ("model.safetensors", "pytorch_model.bin")[: 2 if allow_pickle else 1]
     for kind in kinds:
         files = weight_files(directory, kind)
         _download(name, revision, files)
         if all((directory / file).is_file() for file in files):
+            reject_adapter(directory)
             return directory
+    reject_adapter(directory)
     raise _not_found(name, revision, WEIGHTS)
 
 

@@ -10,6 +10,14 @@ from transformers import __version__ as version
 from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loading.cache import SourceCache
 from stream_generator.loading.demo_model import DEMO_NAME, demo_gguf
+from stream_generator.loading.diagnosis import (
+    reject_adapter,
+    reject_gguf_of_other_kind,
+    reject_packed_for_mlx,
+    reject_pointer,
+    reject_pointers,
+    where_it_may_be,
+)
 from stream_generator.loading.gguf.file import GgufFile, is_gguf
 from stream_generator.loading.hub import download_file, download_model
 from stream_generator.loading.meta_checkpoint import convert_meta_checkpoint, is_meta_layout
@@ -41,10 +49,17 @@ class LocatedModel:
     directory: Path
     name: str
     gguf: GgufFile | None = None
+    source: Path | None = None  # the user's directory, if `directory` is a tidy copy of it
+
+    @property
+    def origin(self) -> Path:
+        """The directory or file that the user named, or its download."""
+        return self.gguf.path if self.gguf else self.source or self.directory
 
     @classmethod
     def of_gguf(cls, path: Path, layout: str = GGUF, name: str | None = None) -> Self:
         """Return the model of a GGUF file. Raises `CheckpointError` if the file is not readable."""
+        reject_gguf_of_other_kind(path)
         file = GgufFile(path)
         return cls(layout, file.facts(), name or path.stem, file)
 
@@ -55,7 +70,8 @@ class LocatedModel:
     def cache(self) -> SourceCache:
         if self.gguf:
             return self.gguf.cache
-        return SourceCache(self.directory, weights_in(self.directory))
+        files = [*weights_in(self.directory), self.directory / "config.json"]
+        return SourceCache(self.origin, files)
 
 
 def locate(source: str | None, *, allow_pickle: bool = False) -> LocatedModel:
@@ -70,6 +86,7 @@ def locate(source: str | None, *, allow_pickle: bool = False) -> LocatedModel:
     if path.is_dir():
         return _in_directory(path)
     if path.is_file():
+        reject_pointer(path)
         if not is_gguf(path):
             raise CheckpointError(f"{source} is not a GGUF file; --ckpts takes {ACCEPTED}")
         return LocatedModel.of_gguf(path)
@@ -82,6 +99,9 @@ def locate(source: str | None, *, allow_pickle: bool = False) -> LocatedModel:
 
 
 def _in_directory(path: Path) -> LocatedModel:
+    reject_pointers(path)
+    reject_adapter(path)
+    reject_packed_for_mlx(path)
     name = path.resolve().name
     ggufs = sorted(path.glob("*.gguf"))
     if (path / "config.json").is_file() and (weights_in(path) or not ggufs):
@@ -93,6 +113,8 @@ def _in_directory(path: Path) -> LocatedModel:
     if ggufs:
         names = ", ".join(p.name for p in ggufs[:8])
         raise CheckpointError(f"{path} holds several GGUF files; name one of them: {names}")
+    if place := where_it_may_be(path):
+        raise CheckpointError(f"{path} holds no checkpoint: {place}")
     found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
     raise CheckpointError(f"{path} holds no checkpoint (found: {found}); --ckpts takes {ACCEPTED}")
 
@@ -110,13 +132,13 @@ def weights_in(directory: Path) -> list[Path]:
         if len(missing) < len(files):
             raise CheckpointError(
                 f"{directory} lacks {len(missing)} of {len(files)} weight files ({missing[0]}, "
-                "...); download them again"
+                "...); copy or download these files too"
             )
     return []
 
 
 def could_not_load(source: str | None, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"could not load {source or DEMO}: {first_line(error)}; check that all files "
-        f"are complete, that transformers {version} supports the model, and that the options fit it"
+        f"could not load {source or DEMO}: {first_line(error)}; check that transformers {version} "
+        "supports the model, that its files belong together, and that the options fit it"
     )

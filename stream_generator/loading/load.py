@@ -1,18 +1,29 @@
 """`load_checkpoint`: loads a model from any source, in five steps."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
 from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loaded_model import Checkpoint, facts_of
 from stream_generator.loading.cache import remove_old
+from stream_generator.loading.diagnosis import reject_cut_off, reject_other_kind
 from stream_generator.loading.graph_choice import choose_graph, could_pack, wants_packed
-from stream_generator.loading.layout import DEMO, META, LocatedModel, could_not_load, locate
+from stream_generator.loading.layout import (
+    DEMO,
+    META,
+    LocatedModel,
+    could_not_load,
+    locate,
+    weights_in,
+)
+from stream_generator.loading.tidy import tidy
+from stream_generator.loading.tokenizer_files import load_tokenizer
 from stream_generator.loading.untrusted import reject_pickle, reject_unsafe
 from stream_generator.model.packed_weight import packed_size
 from stream_generator.model.saved_graph import SavedGraph
@@ -84,9 +95,8 @@ def load_checkpoint(
         loaded_dtype, loaded_device = torch.float32, torch.device("cpu")
         parameters = SavedGraph.load(graph).parameters
     return Checkpoint(
-        **facts_of(parts.config, parts.generation_config, parts.tokenizer),
+        **facts_of(parts.config, parts.generation_config, parts.tokenizer, parts.chat),
         name=name or found.name,
-        chat=parts.chat,
         load_model=lambda: load()[0],
         dtype=loaded_dtype,
         device=loaded_device,
@@ -111,6 +121,10 @@ def _find(source: str | None, *, allow_pickle: bool) -> LocatedModel:
         reject_unsafe(found.directory)
         if not allow_pickle:
             reject_pickle(found.directory)
+        if found.gguf is None:
+            found = replace(found, directory=tidy(found.directory), source=found.directory)
+            for file in weights_in(found.directory):
+                reject_cut_off(file)
     except (OSError, RuntimeError) as error:  # such as missing permissions
         raise CheckpointError(
             f"could not read {source or DEMO}: {error}; check the path and its permissions"
@@ -120,10 +134,11 @@ def _find(source: str | None, *, allow_pickle: bool) -> LocatedModel:
 
 def _read_parts(found: LocatedModel, source: str | None) -> _Parts:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(found.directory, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(found.directory, trust_remote_code=False)
+        reject_other_kind(found.origin, config)
+        tokenizer = load_tokenizer(found.directory, found.origin)
         chat = MetaChatFormat(tokenizer) if found.layout == META else ChatFormat(tokenizer)
         chat.check_template()
-        config = AutoConfig.from_pretrained(found.directory, trust_remote_code=False)
         return _Parts(tokenizer, chat, config, _generation_config(found.directory, config))
     except CheckpointError:
         raise

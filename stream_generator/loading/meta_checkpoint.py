@@ -76,8 +76,8 @@ def _convert(source: Path, files: list[Path], target: Path) -> None:
         _llama_config(params, shards, tied).save_pretrained(target)
     except Exception as error:  # a damaged file can make torch raise anything
         raise CheckpointError(
-            f"{source} is not a Llama 3 checkpoint in Meta's layout: {first_line(error)}; download "
-            "it again, or use the model in Hugging Face format"
+            f"{source} is not a Llama 3 checkpoint in Meta's layout: {first_line(error)}; use "
+            "the model in Hugging Face format"
         ) from error
     tokenizer = meta_tokenizer(source / "tokenizer.model")
     tokenizer.save_pretrained(target)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stream_generator.errors import CheckpointError
 from stream_generator.loading.layout import LocatedModel, could_not_load, weights_in
+from stream_generator.loading.weight_names import check_names, key_mapping, stored_names
 from stream_generator.memory import free_memory, reject_if_too_large
 from stream_generator.model.fused import fuse
 from stream_generator.model.packed_weight import BITS, FAMILIES, Weights
@@ -45,7 +46,8 @@ class ModelLoader:
         Returns the model and its number of parameters before packing. Raises `CheckpointError`.
         """
         directory = self.found.dense_directory()
-        weights = sum(file.stat().st_size for file in weights_in(directory))
+        files = weights_in(directory)
+        weights = sum(file.stat().st_size for file in files)
         numbers = weights // _bytes_per_number(directory)
         free = _free_for_weights(self.device, spread=self.device_map is not None)
         dtype = choose_dtype(self.dtype, numbers=numbers, on_cpu=self.on_cpu, free=free)
@@ -84,6 +86,7 @@ class ModelLoader:
                 weights_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                key_mapping=key_mapping(stored_names(weights_in(directory))) or None,
             )
         except UnpicklingError as error:
             raise CheckpointError(
@@ -93,16 +96,12 @@ class ModelLoader:
         except Exception as error:  # a damaged checkpoint can make transformers raise anything
             if "ignore_mismatched_sizes" in str(error):
                 raise CheckpointError(
-                    f"the weights in {directory} have other shapes than config.json says; download "
-                    "the whole model again"
+                    f"the weights in {self.found.origin} have other shapes than config.json says; "
+                    "take all files from the same version of the model"
                 ) from error
             raise could_not_load(self.source, error) from error
-        if missing := sorted(report["missing_keys"]):
-            # transformers would fill these with random numbers.
-            raise CheckpointError(
-                f"{self.source} lacks {len(missing)} of its weights ({missing[0]}, ...); download "
-                "the model again"
-            )
+        # transformers would fill missing weights with random numbers, and drop those left over.
+        check_names(self.found.origin, report["missing_keys"], report["unexpected_keys"])
         loaded: PreTrainedModel = model
         return loaded
 

@@ -35,11 +35,6 @@ def reject_unsafe(directory: Path) -> None:
                         f"{file} names the weight file {name!r}, which is not a plain file name; "
                         "download the model from a source that you trust"
                     )
-    if (directory / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{directory} holds an adapter (adapter_config.json) and no whole model; merge it into "
-            "its base model, and use the merged model"
-        )
     # In the hub's cache, the files of a snapshot are links into the directory `blobs`.
     allowed = [directory.resolve(), directory.resolve().parent.parent / "blobs"]
     for file in directory.iterdir():
@@ -72,15 +67,19 @@ def _names_in_index(index: Path) -> list[str]:
     content = _read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError(f"{index} is not an index of weights; download it again")
+        raise CheckpointError(
+            f"{index} is not an index of weights; take it from the model's own page"
+        )
     return sorted(set(names.values()))
 
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_bytes())  # in any encoding of Unicode, with or without a mark
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON ({error}); download it again") from error
+        raise CheckpointError(
+            f"{file} is not JSON ({error}); correct it, or take it from the model's own page"
+        ) from error
 
 
 def _all_items(value: object) -> Iterator[tuple[str, object]]:

@@ -6,17 +6,28 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from stream_generator.loading.weight_names import key_mapping, renamed
 from stream_generator.model.packed_weight import GROUP, NotBuildable, PackedWeight, Weights
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
 class SafetensorsWeights:
-    """The weights of safetensors files. Reads each tensor only when it is asked for."""
+    """The weights of safetensors files. Reads each tensor only when it is asked for.
 
-    def __init__(self, files: list[Path]):
+    names: the names of all weights, without those of wrappers.
+    """
+
+    def __init__(self, files: list[Path], *, tied: bool = False):
+        """tied: whether the embedding is the output matrix if the files hold no other one."""
+        self._tied = tied
         self._files = [safe_open(file, framework="pt") for file in files]
-        self._file_of: dict[str, Any] = {n: file for file in self._files for n in file.keys()}  # noqa: SIM118
+        stored = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+        mapping = key_mapping(stored)
+        self._place_of: dict[str, tuple[Any, str]] = {
+            renamed(name, mapping): (file, name) for name, file in stored.items()
+        }
+        self.names = set(self._place_of)
 
     def packed(self, module: str) -> PackedWeight | None:
         """Return None, because these files hold no packed weights."""
@@ -24,9 +35,10 @@ class SafetensorsWeights:
 
     def dense(self, parameter: str) -> torch.Tensor:
         """Read a parameter. Raises `KeyError` if the files lack it."""
-        if parameter not in self._file_of and parameter == f"{HEAD}.weight":
-            parameter = f"{EMBEDDING}.weight"  # tied weights
-        tensor: torch.Tensor = self._file_of[parameter].get_tensor(parameter)
+        if self._tied and parameter == f"{HEAD}.weight" and parameter not in self._place_of:
+            parameter = f"{EMBEDDING}.weight"
+        file, name = self._place_of[parameter]
+        tensor: torch.Tensor = file.get_tensor(name)
         return tensor
 
 

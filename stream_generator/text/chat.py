@@ -30,6 +30,10 @@ RUNAWAY_TEMPLATE = (
 )
 
 
+# A reply of this text tells what the template writes after a reply. Templates keep plain words.
+_REPLY = "Rainbow"
+
+
 class _TooManyLines(BaseException):
     """A template runs too long. Not an `Exception`, because `_apply_template` catches those."""
 
@@ -69,6 +73,9 @@ class ChatFormat:
             for token in added
             if not token.special and token.content in template and not token.content.isspace()
         ]
+        self._id_by_name = {
+            token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()
+        }
         self._special_pattern = _alternation(self._special)
         self._control_pattern = _alternation([*self._special, *unflagged])
 
@@ -140,6 +147,27 @@ class ChatFormat:
                 if len(self._apply_template(messages, tokenize=False)) > MAX_PROMPT_CHARACTERS:
                     raise CheckpointError(RUNAWAY_TEMPLATE)
 
+    def end_of_turn(self) -> int | None:
+        """Return the id of the control token that the template writes after a reply.
+
+        None if there is no template, or if the template writes no control token there.
+        """
+        if not self.can_chat:
+            return None
+        turns: list[Message] = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hello."},
+            {"role": "assistant", "content": _REPLY},
+        ]
+        for messages in (turns[1:], turns):  # few templates have no, or only, system messages
+            with contextlib.suppress(InvalidRequest, CheckpointError):
+                with _line_limit(MAX_TEMPLATE_LINES):
+                    rendered = self._apply_template(messages, tokenize=False, continues=False)
+                _, _, after = rendered.rpartition(_REPLY)
+                if _REPLY in rendered and (found := self._control_pattern.search(after)):
+                    return int(self._id_by_name[found.group()])
+        return None
+
     def _pattern_for(self, message: Message) -> re.Pattern[str]:
         """Matches the names to break up. Replies keep non-special tokens, such as `<think>`."""
         assistant = message["role"] == "assistant"
@@ -179,13 +207,17 @@ class ChatFormat:
         )
         return ids
 
-    def _apply_template(self, messages: list[Message], *, tokenize: bool) -> Any:
-        continues = bool(messages) and messages[-1]["role"] == "assistant"
+    def _apply_template(
+        self, messages: list[Message], *, tokenize: bool, continues: bool | None = None
+    ) -> Any:
+        """Render messages. continues: whether a reply continues the last one; None: if a reply."""
+        is_reply = bool(messages) and messages[-1]["role"] == "assistant"
+        continues = is_reply if continues is None else continues
         try:
             return self._tokenizer.apply_chat_template(
                 messages,
                 tokenize=tokenize,
-                add_generation_prompt=not continues,
+                add_generation_prompt=not is_reply,
                 continue_final_message=continues,
                 return_dict=False,
             )
@@ -211,6 +243,9 @@ class MetaChatFormat(ChatFormat):
 
     def check_template(self) -> None:
         """Do nothing: there is no template."""
+
+    def end_of_turn(self) -> int | None:
+        return self._id("<|eot_id|>")
 
     def encode(self, messages: list[Message]) -> list[int]:
         ids: list[int] = [self._tokenizer.bos_token_id]

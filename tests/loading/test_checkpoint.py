@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.fakes import END, FakeModel, byte_tokenizer, fake_checkpoint, says
+from support.fakes import END, TURN, FakeModel, byte_tokenizer, fake_checkpoint, says
 from support.models import tiny_llama
 
 from stream_generator.engine.engine import Engine
@@ -130,7 +130,7 @@ def test_a_directory_loads_and_its_facts_are_read(
     assert not checkpoint.model.training
     assert checkpoint.context_length == 256
     assert checkpoint.vocab_size == 258
-    assert checkpoint.end_ids == {END, 99}
+    assert checkpoint.end_ids == {END, TURN, 99}
     assert checkpoint.defaults == SamplingParams.model_construct(
         temperature=0.7, top_p=0.8, do_sample=True
     )
@@ -145,7 +145,7 @@ def test_end_ids_come_from_the_tokenizer_and_both_configurations() -> None:
     model = FakeModel(says(""))
     model.generation_config.eos_token_id = [7, 8]
     model.config.eos_token_id = 9
-    assert Checkpoint.of(model, tokenizer).end_ids == {7, 8, 9, END, END + 2}
+    assert Checkpoint.of(model, tokenizer).end_ids == {7, 8, 9, END, TURN, TURN + 1}
 
 
 def test_a_relative_path_and_a_home_path_work(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +160,10 @@ def test_a_relative_path_and_a_home_path_work(saved: Path, monkeypatch: pytest.M
     [
         (("config.json",), "holds no checkpoint"),
         (("model.safetensors",), "could not load"),
-        (("tokenizer.json", "tokenizer_config.json"), "could not load"),
+        (
+            ("tokenizer.json", "tokenizer_config.json"),
+            "has no tokenizer.*tokenizer.json, tokenizer.m",
+        ),
     ],
 )
 def test_an_incomplete_directory_is_rejected(

@@ -360,7 +360,7 @@ def test_packed_size_predicts_the_size_of_the_packed_weights(
 ) -> None:
     model = tiny_llama(**PACKABLE | {"vocab_size": 1024, "tie_word_embeddings": tied})
     model.to(torch.bfloat16).save_pretrained(tmp_path)
-    weights = PackedOnRead(SafetensorsWeights(weights_in(tmp_path)), bits)
+    weights = PackedOnRead(SafetensorsWeights(weights_in(tmp_path), tied=tied), bits)
     build_graph(model.config, weights, tmp_path / "graph")
     taken = (tmp_path / "graph" / WEIGHTS).stat().st_size
     assert packed_size(model.config, model.num_parameters(), bits) == pytest.approx(taken, rel=0.05)

@@ -22,7 +22,7 @@ from stream_generator.loading.layout import (
     locate,
     weights_in,
 )
-from stream_generator.loading.tidy import tidy
+from stream_generator.loading.tidy import template_source, tidy
 from stream_generator.loading.tokenizer_files import load_tokenizer
 from stream_generator.loading.untrusted import reject_pickle, reject_unsafe
 from stream_generator.model.packed_weight import packed_size
@@ -137,7 +137,7 @@ def _read_parts(found: LocatedModel, source: str | None) -> _Parts:
         config = AutoConfig.from_pretrained(found.directory, trust_remote_code=False)
         reject_other_kind(found.origin, config)
         tokenizer = load_tokenizer(found.directory, found.origin)
-        chat = MetaChatFormat(tokenizer) if found.layout == META else ChatFormat(tokenizer)
+        chat = _chat_format(found, tokenizer)
         chat.check_template()
         return _Parts(tokenizer, chat, config, _generation_config(found.directory, config))
     except CheckpointError:
@@ -154,6 +154,14 @@ def _reject_unusable_device(device: str) -> None:
             f"--device {device} cannot be used here: {first_line(error)}; use cpu, or install a "
             "PyTorch build that supports this device"
         ) from error
+
+
+def _chat_format(found: LocatedModel, tokenizer: Any) -> ChatFormat:
+    if found.layout == META:
+        return MetaChatFormat(tokenizer)
+    if found.gguf is not None:
+        return ChatFormat(tokenizer, "the GGUF file's metadata")
+    return ChatFormat(tokenizer, template_source(found.origin))
 
 
 def _generation_config(directory: Path, config: Any) -> GenerationConfig:

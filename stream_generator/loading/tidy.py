@@ -9,11 +9,11 @@ from stream_generator.loading.diagnosis import ADAPTER, read_json
 from stream_generator.loading.tokenizer_files import has_only_sentencepiece, write_converted
 
 RULES = 1  # raise this when the rules change, so that cached copies are made again
-TEMPLATE = "chat_template.jinja"
+TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 PROCESSOR_FILES = ("chat_template.json", "processor_config.json")  # where processors keep templates
 TEXTS = (".json", ".jinja", ".txt")
 # Files that the conversion of a tokenizer writes, or whose content it takes over.
-REPLACED = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+REPLACED = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json")
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -52,8 +52,8 @@ def _changes(directory: Path) -> Iterator[tuple[str, str | None]]:
             yield file.name, text
     if (directory / ADAPTER).is_file():
         yield ADAPTER, None
-    if template := _processor_template(directory):
-        yield TEMPLATE, template
+    if found := _processor_template(directory):
+        yield TEMPLATE, found[1]
 
 
 def _without_mark(file: Path) -> str | None:
@@ -69,9 +69,17 @@ def _without_mark(file: Path) -> str | None:
     return None
 
 
-def _processor_template(directory: Path) -> str | None:
-    """Return the template of an old processor, if the tokenizer has none."""
-    config = read_json(directory / "tokenizer_config.json")
+def template_source(directory: Path) -> str:
+    """Return the name of the file that holds the chat template, as `tidy` finds it."""
+    if (directory / TEMPLATE).is_file():
+        return TEMPLATE
+    in_processor = _processor_template(directory)
+    return in_processor[0] if in_processor else TOKENIZER_CONFIG
+
+
+def _processor_template(directory: Path) -> tuple[str, str] | None:
+    """Return the template of an old processor and its file's name, if the tokenizer has none."""
+    config = read_json(directory / TOKENIZER_CONFIG)
     has_own = isinstance(config, dict) and config.get("chat_template")
     if has_own or (directory / TEMPLATE).is_file():
         return None
@@ -82,5 +90,5 @@ def _processor_template(directory: Path) -> str | None:
             named = [entry for entry in template if isinstance(entry, dict)]
             template = next((x.get("template") for x in named if x.get("name") == "default"), None)
         if isinstance(template, str) and template:
-            return template
+            return name, template
     return None

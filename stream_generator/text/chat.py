@@ -62,8 +62,9 @@ class ChatFormat:
     no message can end a turn or begin one.
     """
 
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, source: str = "the tokenizer"):
+        """source: where the chat template was found, for `describe`."""
+        self._tokenizer, self._source = tokenizer, source
         added = list(tokenizer.added_tokens_decoder.values())
         template = str(tokenizer.chat_template or "")
         self._special = {token.content: token for token in added if token.special}
@@ -86,7 +87,7 @@ class ChatFormat:
 
     def describe(self) -> str:
         """The origin of the chat format, in words."""
-        return "the checkpoint's own" if self.can_chat else "none, so only completions work"
+        return f"from {self._source}" if self.can_chat else "none, so only completions work"
 
     def fit(self, messages: list[Message], context_length: int) -> Prompt:
         """The prompt of `messages`, trimmed to leave an eighth of the context for the reply.

@@ -113,6 +113,7 @@ def test_the_template_of_an_old_processor_is_used_if_there_is_no_other(
     assert facts(model)[2] is None
     (model / name).write_text(json.dumps({"chat_template": content}))
     assert facts(model) == facts(saved)
+    assert load_checkpoint(str(model)).chat.describe() == f"from {name}"
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
@@ -125,6 +126,7 @@ def test_the_tokenizers_own_template_comes_before_a_processors(
         config = json.loads((model / place).read_text())
         (model / place).write_text(json.dumps(config | {"chat_template": CHAT_TEMPLATE}))
     assert facts(model) == facts(saved)
+    assert load_checkpoint(str(model)).chat.describe() == f"from {place}"
 
 
 def test_a_template_of_a_processor_is_checked_too(model: Path) -> None:

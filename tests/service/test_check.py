@@ -31,7 +31,7 @@ def test_the_demo_model_is_described_while_another_service_has_the_port() -> Non
         "135 M parameters",
         "packed weights and float32 on cpu",
         "end tokens: <|im_end|>",
-        "chat template: ",
+        "chat template: from the GGUF file's metadata",
         "one ONNX graph runs up to 3 requests at a time, with up to 512 tokens each",
     ):
         assert part in printed

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 from stream_generator.loading.layout import LocatedModel, weights_in
 from stream_generator.loading.weight_names import check_names
 from stream_generator.loading.weights import HEAD, PackedOnRead, SafetensorsWeights
-from stream_generator.model.packed_weight import Weights
+from stream_generator.model.packed_weight import NotBuildable, Weights
 
 BUILDER = 3  # raise this when graphs change, so that cached ones are built again
 
@@ -30,8 +30,11 @@ def get_or_build_graph(found: LocatedModel, config: PreTrainedConfig, bits: int 
         if found.gguf:
             stored = found.gguf.weights()
         else:
+            files = weights_in(found.directory)
+            if any(file.suffix != ".safetensors" for file in files):
+                raise NotBuildable("its weights are pickled, and not in safetensors")
             tied = bool(config.tie_word_embeddings)
-            stored = SafetensorsWeights(weights_in(found.directory), tied=tied)
+            stored = SafetensorsWeights(files, tied=tied)
             expected = parameter_names(config)
             missing = expected - stored.names - ({f"{HEAD}.weight"} if tied else set())
             check_names(found.origin, missing, stored.names - expected)

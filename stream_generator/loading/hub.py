@@ -7,13 +7,19 @@ import contextlib
 import functools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import DryRunError, GatedRepoError
 
 from stream_generator.errors import CheckpointError
-from stream_generator.loading.diagnosis import reject_adapter
+from stream_generator.loading.diagnosis import (
+    read_json,
+    reject_adapter,
+    reject_other_kind,
+    reject_packed_for_mlx,
+)
 from stream_generator.loading.gguf.file import reject_part
 from stream_generator.loading.untrusted import reject_unsafe, weight_files
 
@@ -33,7 +39,10 @@ def download_model(name: str, revision: str | None, *, allow_pickle: bool = Fals
     if not directory.is_dir():
         raise _not_found(name, revision, WEIGHTS)
     reject_unsafe(directory)
-    if not (directory / "config.json").is_file():
+    reject_packed_for_mlx(directory)
+    if isinstance(config := read_json(directory / "config.json"), dict):
+        reject_other_kind(directory, SimpleNamespace(**{"model_type": ""} | config))
+    else:
         reject_adapter(directory)
     kinds = ("model.safetensors", "pytorch_model.bin")[: 2 if allow_pickle else 1]
     for kind in kinds:

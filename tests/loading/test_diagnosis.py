@@ -145,6 +145,9 @@ def test_names_of_wrappers_are_removed_from_pickled_weights(model: Path, saved: 
         torch.save(wrapped, model / "pytorch_model.bin", **options)
         loaded = load_checkpoint(str(model), "none", dtype="float32", allow_pickle=True)
         assert logits(loaded).equal(logits(load(saved / "plain", "none")))
+    message = reason(model, "int8", allow_pickle=True)
+    assert "its weights are pickled" in message
+    assert "leave --quantize out" in message
 
 
 def config_of(kind: str, **changes: Any) -> Any:

@@ -116,6 +116,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pickled = write("pickled")
     (pickled / "model.safetensors").unlink()
     torch.save(model.state_dict(), pickled / "pytorch_model.bin")
+    change(write("reward") / "config.json", architectures=["LlamaForSequenceClassification"])
+    change(write("mlx") / "config.json", quantization={"group_size": 64, "bits": 4})
+    (root / "adapter" / "main").mkdir(parents=True)
+    adapter = json.dumps({"base_model_name_or_path": "org/base"})
+    (root / "adapter" / "main" / "adapter_config.json").write_text(adapter)
+    (root / "adapter" / "main" / "adapter_model.safetensors").write_bytes(b"an adapter")
     ggufs = root / "ggufs" / "main"
     ggufs.mkdir(parents=True)
     for n in "ab":
@@ -202,6 +208,9 @@ def test_a_rejected_hub_model_has_a_clear_error_and_is_not_downloaded(
         "org/remote": "auto_map",
         "org/leading": "not a plain file name",
         "org/pickled": "--allow-pickle",
+        "org/reward": "no causal language model",
+        "org/mlx": "packed for MLX",
+        "org/adapter": "holds an adapter of org/base",
         "org/ggufs": "name one of them: org/ggufs:a.gguf, org/ggufs:b.gguf",
         "org/ggufs:c.gguf": "holds no c.gguf",
         "org/ggufs:a.gguf": "could not be read",

@@ -11,6 +11,7 @@ from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loading.cache import SourceCache
 from stream_generator.loading.demo_model import DEMO_NAME, demo_gguf
 from stream_generator.loading.gguf.file import GgufFile, is_gguf
+from stream_generator.loading.gguf.parts import first_parts
 from stream_generator.loading.hub import download_file, download_model
 from stream_generator.loading.meta_checkpoint import convert_meta_checkpoint, is_meta_layout
 from stream_generator.loading.untrusted import weight_files
@@ -46,7 +47,7 @@ class LocatedModel:
     def of_gguf(cls, path: Path, layout: str = GGUF, name: str | None = None) -> Self:
         """Return the model of a GGUF file. Raises `CheckpointError` if the file is not readable."""
         file = GgufFile(path)
-        return cls(layout, file.facts(), name or path.stem, file)
+        return cls(layout, file.facts(), name or file.name, file)
 
     def dense_directory(self) -> Path:
         """Return a directory that transformers can load. Converts a GGUF once."""
@@ -83,7 +84,7 @@ def locate(source: str | None, *, allow_pickle: bool = False) -> LocatedModel:
 
 def _in_directory(path: Path) -> LocatedModel:
     name = path.resolve().name
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = first_parts(sorted(path.glob("*.gguf")))
     if (path / "config.json").is_file() and (weights_in(path) or not ggufs):
         return LocatedModel(HUGGING_FACE, path, name)
     if is_meta_layout(path):

@@ -3,6 +3,7 @@
 The names of tensors come from the `gguf` package, not from this project.
 """
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -107,7 +108,7 @@ FAMILIES = {
     "llama": Family("llama", "llama", interleaved=True),
     "mistral": Family("llama", "mistral", {"sliding_window": 6}, _window, interleaved=True),
     "mixtral": Family(
-        "llama", "mixtral", {"num_local_experts": 4, "sliding_window": None}, _mixtral,
+        "llama", "mixtral", {"num_local_experts": 4, "sliding_window": None, "head_dim": 16}, _mixtral,
         interleaved=True,
     ),
     "qwen2": Family("qwen2", "qwen2"),
@@ -160,6 +161,7 @@ FAMILIES = {
 def family_model(family: Family, **changes: Any) -> PreTrainedModel:
     """A random model of a family, in float32. Each parameter is random, also norms and biases."""
     settings = COMMON | {"rope_parameters": {"rope_theta": THETA}} | family.config | changes
+    settings = copy.deepcopy(settings)  # transformers completes them in place
     if family.model_type == "gemma3_text":
         rope = {"rope_type": "default", **settings["rope_parameters"]}
         local = {"rope_type": "default", "rope_theta": 10000.0}

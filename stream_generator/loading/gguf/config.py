@@ -45,7 +45,11 @@ def read_config(
     settings["rope_parameters"] = _by_layers(metadata, architecture, rope)
     metadata.reject_unknown()
     model_type = own.pop("model_type", architecture.model_type)
-    return AutoConfig.for_model(model_type, **settings | own)
+    try:
+        return AutoConfig.for_model(model_type, **settings | own)
+    except Exception as error:  # transformers has errors of its own for values that do not fit
+        reason = " ".join(str(error).split())
+        raise UnsupportedFile(f"transformers rejects its configuration ({reason})") from error
 
 
 def _common(metadata: Metadata, architecture: Architecture, shapes: Shapes) -> Settings:

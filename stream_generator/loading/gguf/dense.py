@@ -34,7 +34,7 @@ def check_tensors(config: PreTrainedConfig, weights: GgufWeights) -> None:
 
 
 def write_dense(config: PreTrainedConfig, weights: GgufWeights, directory: Path) -> None:
-    """Write all weights into a directory, in `weights.dtype`."""
+    """Write all weights into a directory: floats in their dtype, packed weights in bfloat16."""
     names = [
         name
         for name in _parameters(config)
@@ -43,7 +43,7 @@ def write_dense(config: PreTrainedConfig, weights: GgufWeights, directory: Path)
 
     def read() -> Iterator[tuple[str, torch.Tensor]]:
         for name in tqdm(names):
-            yield name, weights.dense(name).to(weights.dtype)
+            yield name, weights.stored(name)
 
     write_weights(read(), directory)
 

@@ -64,7 +64,7 @@ class GgufWeights:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the file's matrices; bfloat16 for packed weights."""
+        """The dtype of nearly all dense weights, see `stored`."""
         kinds = {t.tensor_type for t in self._tensors.values() if len(t.shape) > 1}
         if len(kinds) > 1:  # files of all kinds have some small matrices in float32
             kinds.discard(GGMLQuantizationType.F32)
@@ -101,6 +101,14 @@ class GgufWeights:
         if len(shapes) == 1:
             return shapes[0]
         return (shapes[0][0], sum(shape[1] for shape in shapes), *shapes[0][2:])
+
+    def stored(self, parameter: str) -> torch.Tensor:
+        """Read a parameter in the dtype of its tensor; packed weights as bfloat16.
+
+        Raises `KeyError` if the file lacks it.
+        """
+        kind = self._sources(parameter)[0].tensor_type
+        return self.dense(parameter).to(_FLOATS.get(kind, torch.bfloat16))
 
     def packed(self, module: str) -> PackedWeight | None:
         """Return the weight of a linear layer or an embedding; None if it is not packed.

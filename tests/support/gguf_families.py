@@ -24,6 +24,10 @@ from support.fakes import byte_alphabet
 from support.gguf_files import interleave_rotary_pairs, quantized, rope_divisors, round_trip
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from stream_generator.engine.graph_runner import GraphRunner
+from stream_generator.loaded_model import Checkpoint
+from stream_generator.model.saved_graph import SavedGraph
+
 Kind = GGMLQuantizationType
 Tensors = dict[str, numpy.ndarray]
 Change = Callable[[GGUFWriter, Tensors], object]
@@ -108,8 +112,8 @@ FAMILIES = {
     "llama": Family("llama", "llama", interleaved=True),
     "mistral": Family("llama", "mistral", {"sliding_window": 6}, _window, interleaved=True),
     "mixtral": Family(
-        "llama", "mixtral", {"num_local_experts": 4, "sliding_window": None, "head_dim": 16}, _mixtral,
-        interleaved=True,
+        "llama", "mixtral", {"num_local_experts": 4, "sliding_window": None, "head_dim": 16},
+        _mixtral, interleaved=True,
     ),
     "qwen2": Family("qwen2", "qwen2"),
     "qwen2moe": Family(
@@ -180,13 +184,34 @@ def family_model(family: Family, **changes: Any) -> PreTrainedModel:
     return model.float().eval()
 
 
-def rounded(model: PreTrainedModel, kind: Kind) -> None:
-    """Replace a model's matrices by the values that a format can hold."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            rows = parameter.detach().numpy()
-            data = round_trip(lambda name, data: (quantized(data, kind), kind), "", rows)
-            parameter.data.copy_(torch.from_numpy(data).view_as(parameter))
+ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight")  # in float32 in every file
+
+
+@torch.no_grad()
+def rounded(model: PreTrainedModel, kind: Kind, dtype: torch.dtype = torch.float32) -> None:
+    """Replace a model's matrices by the values that a format holds, and then a dtype."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 and not name.endswith(ROUTERS):
+            data = round_trip(
+                lambda name, data: (quantized(data, kind), kind), "", parameter.numpy()
+            )
+            parameter.copy_(torch.from_numpy(data).view_as(parameter).to(dtype))
+
+
+@torch.inference_mode()
+def family_logits(checkpoint: Checkpoint | PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The logits after each of the ids, by the graph if the checkpoint has one."""
+    if isinstance(checkpoint, PreTrainedModel):
+        return checkpoint(input_ids=ids[None]).logits[0].float()
+    if checkpoint.graph is None:
+        return family_logits(checkpoint.model, ids)
+    runner = GraphRunner(SavedGraph.load(checkpoint.graph), slots=1, context=len(ids))
+    return runner.chunk(0, 0, ids.tolist(), range(len(ids)))
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The standard deviation of the difference, relative to that of `theirs`."""
+    return float((ours - theirs).std() / theirs.std())
 
 
 def write_family(

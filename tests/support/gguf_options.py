@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy
 from gguf import GGUFWriter, RopeScalingType
-from support.gguf_families import CONTEXT, FAMILIES, ORIGINAL, THETA, Change, Family, Tensors
+from support.gguf_families import FAMILIES, ORIGINAL, THETA, Change, Family, Tensors
 
 ROTARY = ["llama", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "granite", "glm4", "olmo2"]
 FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.4, 1.7, 2.0, 2.5, 3.0],

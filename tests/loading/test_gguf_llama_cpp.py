@@ -24,7 +24,7 @@ import json, sys, requests, xllamacpp
 for line in sys.stdin:
     params = xllamacpp.CommonParams()
     params.model.path, ids, count = json.loads(line)
-    params.n_ctx, params.n_parallel, params.warmup = 64, 1, False
+    params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
     params.cpuparams.n_threads = 1
     params.hostnames, params.port = ["127.0.0.1"], 0
     scores = None
@@ -33,7 +33,9 @@ for line in sys.stdin:
     except RuntimeError:
         pass
     else:
-        body = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": count}
+        # A token that is part of a character would be held back, with its scores.
+        body = {"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": count,
+                "logit_bias": [[65, 1000.0]]}
         answer = requests.post(f"{server.listening_address}/completion", json=body, timeout=60)
         found = answer.json()["completion_probabilities"][0]["top_logprobs"]
         scores = [row["logprob"] for row in sorted(found, key=lambda row: row["id"])]

@@ -36,7 +36,7 @@ WORDS = [*byte_alphabet(), "he", "ll"]
 SPECIAL = ["<|begin|>", "<|end|>", "<|turn|>", "<|message|>"]
 BEGIN, END, TURN, MESSAGE = range(len(WORDS), len(WORDS) + len(SPECIAL))
 VOCABULARY = 288  # with unused rows: a multiple of the block size of all formats
-CONTEXT, ORIGINAL = 256, 64  # tokens; the second before the positions of a model were scaled
+CONTEXT, ORIGINAL = 1024, 256  # tokens; the second before the positions of a model were scaled
 THETA = 5000.0
 
 COMMON: dict[str, Any] = {

@@ -44,9 +44,14 @@ class GgufWeights:
     """
 
     def __init__(self, *parts: Path):
-        """parts: the file, or all parts of it. Raises `UnsupportedFile` for an unknown
-        architecture."""
+        """parts: the file, or all parts of it.
+
+        Raises `UnsupportedFile` for an unknown architecture, and `ValueError` for a part of another
+        file.
+        """
         readers = [GGUFReader(path) for path in parts]
+        for number, (path, reader) in enumerate(zip(parts, readers, strict=True)):
+            _check_part(path, reader.fields, number, len(parts))
         self.fields = readers[0].fields
         metadata = Metadata(self.fields)
         self._architecture = architecture_named(metadata.architecture)
@@ -164,6 +169,14 @@ class GgufWeights:
             return rows
         in_halves: torch.Tensor = rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
         return in_halves
+
+
+def _check_part(path: Path, fields: Any, number: int, count: int) -> None:
+    if "split.count" not in fields or (count == 1 and fields["split.count"].contents() <= 1):
+        return
+    own, total = fields["split.no"].contents(), fields["split.count"].contents()
+    if (own, total) != (number, count):
+        raise ValueError(f"{path.name} is part {own + 1} of {total}; keep the names of all parts")
 
 
 def _shape(tensor: Any) -> tuple[int, ...]:

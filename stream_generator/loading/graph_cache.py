@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from stream_generator.loading.gguf.file import CONVERSION
 from stream_generator.loading.layout import LocatedModel, weights_in
 from stream_generator.loading.weights import PackedOnRead, SafetensorsWeights
 from stream_generator.model.packed_weight import Weights
@@ -32,6 +33,8 @@ def get_or_build_graph(found: LocatedModel, config: PreTrainedConfig, bits: int 
             stored = SafetensorsWeights(weights_in(found.directory))
         build_graph(config, PackedOnRead(stored, bits or 8), directory)
 
-    # The checks in `build_graph` are valid for one version of ONNX Runtime.
+    # The checks in `build_graph` are valid for one version of ONNX Runtime. The graph of a GGUF
+    # depends on how its configuration is read.
     kind = f"graph-int{bits}" if bits else "graph"
-    return found.cache().get(kind, (BUILDER, version("onnxruntime")), make)
+    conversion = CONVERSION if found.gguf else None
+    return found.cache().get(kind, (BUILDER, version("onnxruntime"), conversion), make)

@@ -10,6 +10,7 @@ from support.gguf_families import (
     END,
     FAMILIES,
     MESSAGE,
+    ORIGINAL,
     TURN,
     Change,
     Kind,
@@ -45,6 +46,17 @@ def test_each_architecture_gives_the_logits_of_its_model_with_each_option(
     write_family(FAMILIES[family], model, path, change=OPTIONS[option].change)
     loaded = load_checkpoint(str(path), "none", dtype="float32")
     assert difference(family_logits(loaded, IDS), family_logits(model, IDS)) < EXACT
+
+
+def test_the_long_factors_of_a_file_are_right_beyond_the_original_context(tmp_path: Path) -> None:
+    family, option = FAMILIES["phi3"], OPTIONS["partial longrope"]
+    model = family_model(family, **option.config)
+    path = write_family(family, model, tmp_path / "model.gguf", change=option.change)
+    loaded = load_checkpoint(str(path), "none", dtype="float32")
+    for length in (ORIGINAL, ORIGINAL + 1):
+        ids = torch.arange(length) % 250
+        ours, theirs = family_logits(loaded, ids), family_logits(model, ids)
+        assert difference(ours[-1], theirs[-1]) < EXACT
 
 
 def test_every_known_architecture_is_tested() -> None:

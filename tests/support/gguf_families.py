@@ -168,7 +168,7 @@ def family_model(family: Family, **changes: Any) -> PreTrainedModel:
     settings = copy.deepcopy(settings)  # transformers completes them in place
     if family.model_type == "gemma3_text":
         rope = {"rope_type": "default", **settings["rope_parameters"]}
-        local = {"rope_type": "default", "rope_theta": 10000.0}
+        local = {"rope_type": "default", "rope_theta": settings.pop("local_theta", 10000.0)}
         settings["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
     torch.manual_seed(len(str(sorted(settings.items()))))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(

@@ -82,6 +82,17 @@ OPTIONS = {
               original_max_position_embeddings=ORIGINAL, partial_rotary_factor=1.0)
         | {"original_max_position_embeddings": ORIGINAL},
     ),
+    "partial longrope": Option(
+        ["phi3"],
+        _rope(rope_type="longrope", **{name: values[:6] for name, values in FACTORS.items()},
+              attention_factor=1.2, original_max_position_embeddings=ORIGINAL,
+              partial_rotary_factor=0.75)
+        | {"original_max_position_embeddings": ORIGINAL},
+    ),
+    "local base": Option(
+        ["gemma3"], {"local_theta": 3000.0},
+        lambda writer, tensors: writer.add_rope_freq_base_swa(3000.0),
+    ),
     "partial": Option(
         ["phi3", "stablelm", "glm4", "phi2"],
         _rope(rope_type="default", partial_rotary_factor=0.75),

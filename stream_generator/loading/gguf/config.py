@@ -90,6 +90,8 @@ def _by_layers(
 ) -> dict[str, Any]:
     """Give layers with a sliding window their own, unscaled rotary positions, if they have some."""
     if architecture.local_theta is None:
+        if metadata.get("rope.freq_base_swa", rope["rope_theta"]) != rope["rope_theta"]:
+            raise UnsupportedFile("its layers with a window have another rotary base")
         return rope
     local = float(metadata.get("rope.freq_base_swa", architecture.local_theta))
     return {

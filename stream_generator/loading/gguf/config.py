@@ -35,6 +35,9 @@ def read_config(
     architecture = architecture_named(metadata.architecture)
     if EMBEDDING not in shapes:
         raise ValueError(f"it lacks the tensor {EMBEDDING}")
+    layers = len({name.split(".")[1] for name in shapes if name.startswith("blk.")})
+    if metadata.require("block_count") != layers:  # before anything is made for each layer
+        raise ValueError(f"it has the tensors of {layers} layers, but names another number")
     try:
         own = architecture.settings(metadata, shapes)
     except KeyError as error:

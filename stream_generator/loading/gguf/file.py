@@ -120,12 +120,13 @@ class GgufFile:
         return bool(json.loads((self.facts() / HAS_PACKED).read_text()))
 
     def weights(self) -> "GgufWeights":
-        """Open the weights. Raises `CheckpointError` for an unknown architecture."""
+        """Open the weights. Raises `CheckpointError` for a damaged file or an unknown
+        architecture."""
         from stream_generator.loading.gguf.weights import GgufWeights
 
         try:
             return GgufWeights(*self.parts)
-        except (ValueError, KeyError) as error:
+        except Exception as error:  # a damaged file can make the reader raise anything
             raise _unreadable(self.path, error) from error
 
     def _write_facts(self, directory: Path) -> None:

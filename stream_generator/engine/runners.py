@@ -82,11 +82,13 @@ def runner_for(
     from stream_generator.engine.slot_check import filled_cache
     from stream_generator.engine.solo_runner import SoloRunner
     from stream_generator.model.kv_cache import bytes_per_token
+    from stream_generator.model.longrope import fix_frequencies
 
     context = min(context_length, max_context or context_length)
     # cuDNN's attention prepares itself for each new key length, and each step has a new length. A
     # step of 10 ms then takes 60 ms (docs/performance.md).
     torch.backends.cuda.enable_cudnn_sdp(False)
+    fix_frequencies(model, context)
     try:
         filled = filled_cache(model)
     except Exception as error:  # a model of an unknown kind can raise any error
@@ -99,6 +101,7 @@ def runner_for(
     slots, context = slots_and_context(
         model.device, bytes_per_token(filled), context, max_concurrent, max_context
     )
+    fix_frequencies(model, context)  # which may be shorter now
     return ModelRunner(model, filled, slots, context)
 
 

@@ -9,6 +9,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from stream_generator.engine.model_runner import ModelRunner
 from stream_generator.model.config import require_batchable
+from stream_generator.model.longrope import has_fixed_frequencies
 
 # The largest accepted difference from a plain forward, in standard deviations of the logits. On
 # meaningless ids rounding gives 0.005 with one kind of product, and 0.15 where few rows are packed
@@ -28,7 +29,8 @@ def filled_cache(model: PreTrainedModel) -> DynamicCache:
 
     Raises `ValueError`, or any error of the model itself, if `ModelRunner` cannot run the model.
     """
-    require_batchable(model.config, model.generation_config)
+    fixed = has_fixed_frequencies(model)
+    require_batchable(model.config, model.generation_config, has_fixed_frequencies=fixed)
     cache = DynamicCache()
     expected = [_plain_logits(model, PROBE[0], cache), _plain_logits(model, PROBE[1])]
     _probe(ModelRunner(model, cache, slots=3, context=len(PROBE[0])), expected)

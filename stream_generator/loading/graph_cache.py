@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from stream_generator.loading.gguf.file import CONVERSION
 from stream_generator.loading.layout import LocatedModel, weights_in
 from stream_generator.loading.weight_names import check_names
 from stream_generator.loading.weights import HEAD, PackedOnRead, SafetensorsWeights
@@ -40,6 +41,8 @@ def get_or_build_graph(found: LocatedModel, config: PreTrainedConfig, bits: int 
             check_names(found.origin, missing, stored.names - expected)
         build_graph(config, PackedOnRead(stored, bits or 8), directory)
 
-    # The checks in `build_graph` are valid for one version of ONNX Runtime.
+    # The checks in `build_graph` are valid for one version of ONNX Runtime. The graph of a GGUF
+    # depends on how its configuration is read.
     kind = f"graph-int{bits}" if bits else "graph"
-    return found.cache().get(kind, (BUILDER, version("onnxruntime")), make)
+    conversion = CONVERSION if found.gguf else None
+    return found.cache().get(kind, (BUILDER, version("onnxruntime"), conversion), make)

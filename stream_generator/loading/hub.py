@@ -20,7 +20,7 @@ from stream_generator.loading.diagnosis import (
     reject_other_kind,
     reject_packed_for_mlx,
 )
-from stream_generator.loading.gguf.file import reject_part
+from stream_generator.loading.gguf.parts import part_names
 from stream_generator.loading.untrusted import reject_unsafe, weight_files
 
 METADATA = ["*.json", "*.jinja", "*.model", "*.txt"]  # all files but the weights
@@ -56,12 +56,16 @@ def download_model(name: str, revision: str | None, *, allow_pickle: bool = Fals
 
 
 def download_file(name: str, file: str, revision: str | None) -> Path:
-    """Download a GGUF file; return its path. Raises `CheckpointError` if the download fails."""
-    reject_part(file)
-    path = _download(name, revision, [file]) / file
-    if not path.is_file():
-        raise _not_found(name, revision, file)
-    return path
+    """Download a GGUF file, with all of its parts; return the path of the file that is named.
+
+    Raises `CheckpointError` if the download fails.
+    """
+    parts = part_names(file)
+    directory = _download(name, revision, parts)
+    for part in parts:
+        if not (directory / part).is_file():
+            raise _not_found(name, revision, part)
+    return directory / file
 
 
 def _download(name: str, revision: str | None, files: list[str], ignored: str = "") -> Path:

@@ -19,6 +19,7 @@ from stream_generator.loading.diagnosis import (
     where_it_may_be,
 )
 from stream_generator.loading.gguf.file import GgufFile, is_gguf
+from stream_generator.loading.gguf.parts import first_parts
 from stream_generator.loading.hub import download_file, download_model
 from stream_generator.loading.meta_checkpoint import convert_meta_checkpoint, is_meta_layout
 from stream_generator.loading.untrusted import weight_files
@@ -61,7 +62,7 @@ class LocatedModel:
         """Return the model of a GGUF file. Raises `CheckpointError` if the file is not readable."""
         reject_gguf_of_other_kind(path)
         file = GgufFile(path)
-        return cls(layout, file.facts(), name or path.stem, file)
+        return cls(layout, file.facts(), name or file.name, file)
 
     def dense_directory(self) -> Path:
         """Return a directory that transformers can load. Converts a GGUF once."""
@@ -103,7 +104,7 @@ def _in_directory(path: Path) -> LocatedModel:
     reject_adapter(path)
     reject_packed_for_mlx(path)
     name = path.resolve().name
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = first_parts(sorted(path.glob("*.gguf")))
     if (path / "config.json").is_file() and (weights_in(path) or not ggufs):
         return LocatedModel(HUGGING_FACE, path, name)
     if is_meta_layout(path):

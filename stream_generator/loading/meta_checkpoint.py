@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import processors
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -19,9 +18,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loading.cache import SourceCache
+from stream_generator.loading.safetensors_writer import write_weights
 
 CONVERSION = 1  # raise this when the conversion changes, so that cached results are made again
-PART_BYTES = 2 * 1024**3  # of one weight file, and about what is in memory at a time
 CONTEXT, SCALED_CONTEXT = 8192, 131072  # tokens, without and with scaled rotary positions
 
 # In the order of their ids, which follow the ids of ordinary tokens.
@@ -139,30 +138,16 @@ def _llama_config(params: dict[str, Any], shards: list[dict[str, Any]], tied: bo
 
 def _write_weights(params: dict[str, Any], shards: list[dict[str, Any]], target: Path) -> bool:
     """Write the weights in parts, with an index; return whether embedding and output are tied."""
-    part: dict[str, torch.Tensor] = {}
-    file_by_name: dict[str, str] = {}
-    total = 0
-
-    def write() -> None:
-        name = f"model-{len(set(file_by_name.values())) + 1:05}.safetensors"
-        save_file(part, target / name, metadata={"format": "pt"})
-        file_by_name.update(dict.fromkeys(part, name))
-        part.clear()
-
-    tied = False
-    count = params["n_layers"] * len(LAYER_WEIGHTS) + 3
-    for name, tensor in tqdm(_weights(params, shards), total=count):
-        if name == "lm_head.weight":
-            tied = torch.equal(tensor, _embedding(params, shards))
-            if tied:
-                continue
-        part[name] = tensor.contiguous()
-        total += tensor.nbytes
-        if sum(t.nbytes for t in part.values()) > PART_BYTES:
-            write()
-    write()
-    index = {"metadata": {"total_size": total}, "weight_map": file_by_name}
-    (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    tied = "output.weight" in shards[0] and torch.equal(
+        _join(shards, "output.weight", 0), _embedding(params, shards)
+    )
+    count = params["n_layers"] * len(LAYER_WEIGHTS) + 3 - tied
+    weights = (
+        (name, tensor)
+        for name, tensor in _weights(params, shards)
+        if name != "lm_head.weight" or not tied
+    )
+    write_weights(tqdm(weights, total=count), target)
     return tied
 
 

@@ -11,15 +11,18 @@ _LOOP_SETTINGS = (
 )  # fmt: skip
 
 
-def require_batchable(config: Any, generation_config: Any) -> None:
+def require_batchable(
+    config: Any, generation_config: Any, *, has_fixed_frequencies: bool = False
+) -> None:
     """Raise `ValueError` if the engine cannot batch the requests of a model.
 
-    Finds what a comparison of logits on a few tokens would miss.
+    Finds what a comparison of logits on a few tokens would miss. has_fixed_frequencies: whether
+    longrope changes its frequencies no more, see `longrope`.
     """
     config = config.get_text_config()
     rope = repr([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")])
     for kind in ("dynamic", "longrope"):  # the longest row would set the frequencies of all rows
-        if f"'{kind}'" in rope:
+        if f"'{kind}'" in rope and not (kind == "longrope" and has_fixed_frequencies):
             raise ValueError(f"its rotary embeddings are {kind}")
     if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo's windows
         raise ValueError("some of its layers have local attention")

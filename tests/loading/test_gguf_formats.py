@@ -126,9 +126,16 @@ Change = Callable[[GGUFWriter, dict[str, Any]], object]
         (lambda writer, tensors: tensors.pop("blk.1.ffn_down.weight"), "lacks 1 of its weights"),
         (
             lambda writer, tensors: tensors.update({"blk.0.attn_q.bias": numpy.ones(256, "f4")}),
-            "has biases",
+            r"lacks \d of its weights \(blk\.0\.attn_k\.bias",
         ),
-        (lambda writer, tensors: writer.add_rope_scaling_type(RopeScalingType.YARN), "scaled"),
+        (
+            lambda writer, tensors: tensors.update({"blk.0.attn_x.weight": numpy.ones(256, "f4")}),
+            r"not known \(blk\.0\.attn_x\.weight",
+        ),
+        (
+            lambda writer, tensors: writer.add_rope_scaling_type(RopeScalingType.LONGROPE),
+            "scaled in an unknown way",
+        ),
     ],
 )
 def test_a_gguf_with_missing_or_unsupported_parts_is_rejected(

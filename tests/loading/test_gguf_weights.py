@@ -46,7 +46,7 @@ def test_weights_equal_the_blocks_that_the_gguf_package_decodes(kind: Kind, tmp_
         assert packed.format == FORMATS[kind]
         assert torch.equal(packed.dense(), expected)
         assert torch.equal(weights.dense(f"{name}.weight"), expected)
-    with pytest.raises(KeyError, match="down_proj"):
+    with pytest.raises(KeyError, match=r"blk\.0\.ffn_down"):
         weights.packed("model.layers.0.mlp.down_proj")
 
 

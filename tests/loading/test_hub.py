@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.fakes import byte_tokenizer
+from support.gguf_families import CONTEXT, FAMILIES, family_model, write_family
 from support.gguf_files import write_gguf
 from support.llama3 import VOCABULARY, tokenizer_file
 from support.models import tiny_llama
@@ -130,6 +131,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny = tiny_llama(vocab_size=VOCABULARY, rms_norm_eps=1e-5, rope_parameters=ROTARY)
     (root / "converted" / "main" / "deeper").mkdir(parents=True)
     write_gguf(tiny, words, root / "converted" / "main" / "deeper" / "tiny.gguf")
+    (root / "split" / "main").mkdir(parents=True)
+    family = FAMILIES["qwen2"]
+    path = root / "split" / "main" / "parts.gguf"
+    write_family(family, family_model(family), path, split_max_tensors=10)
     return root
 
 
@@ -188,8 +193,9 @@ def test_a_hub_model_is_downloaded_once_and_loads_offline(
     hub: str, requested: list[str], tmp_path: Path
 ) -> None:
     sources = ["org/plain", "org/plain@v2", "org/sharded", "org/converted:deeper/tiny.gguf"]
+    sources.append("org/split:parts-00002-of-00003.gguf")
     expected = ["loaded org/plain 256", "loaded org/plain 99", "loaded org/sharded 256"]
-    expected.append("loaded tiny 256")
+    expected += ["loaded tiny 256", f"loaded parts {CONTEXT}"]
     assert load(sources, tmp_path, HF_ENDPOINT=hub) == expected
     assert {"plain/model.safetensors", "sharded/model.safetensors.index.json"} <= {*requested}
     assert not {"plain/onnx/model.safetensors", "plain/pytorch_model.bin"} & {*requested}

@@ -6,7 +6,6 @@ read a directory.
 
 import json
 import logging
-import re
 import shutil
 import sys
 import tempfile
@@ -17,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Regex, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from stream_generator.errors import CheckpointError, first_line
 from stream_generator.loading.cache import SourceCache
+from stream_generator.loading.gguf.parts import find_parts, whole_name
 from stream_generator.memory import free_memory, reject_if_too_large
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 MAGIC = b"GGUF"
 HAS_PACKED = "packed.json"  # in the directory of facts: whether the GGUF has packed weights
-CONVERSION = 5  # raise this when the conversion changes, so that cached results are made again
+CONVERSION = 6  # raise this when the conversion changes, so that cached results are made again
 
 
 def _digits_first() -> pre_tokenizers.PreTokenizer:
@@ -72,40 +72,34 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def reject_part(name: str) -> None:
-    """Raise `CheckpointError` if a file's name, in llama.cpp's form, names one part of several."""
-    if re.search(r"-\d{5}-of-\d{5}\.gguf$", name):
-        raise CheckpointError(
-            f"{name} is one part of several; join them with llama.cpp's llama-gguf-split --merge"
-        )
-
-
 class GgufFile:
-    """A GGUF file, and the cached results of its conversion."""
+    """A GGUF file, in one or several parts, and the cached results of its conversion."""
 
     def __init__(self, path: Path, cache: Path | None = None):
-        """Raises `CheckpointError` for one part of several."""
-        reject_part(path.name)
-        self.path = path
-        self.cache = SourceCache(path, [path], cache)
+        """path: the file, or any of its parts. Raises `CheckpointError` if a part is missing."""
+        self.parts = find_parts(path)
+        self.path = self.parts[0]  # has the metadata
+        self.name = whole_name(path.name)
+        self.cache = SourceCache(self.path, self.parts, cache)
 
     def facts(self) -> Path:
         """Return a directory with the configuration and the tokenizer, in Hugging Face format.
 
-        Raises `CheckpointError` if the file is damaged, has an unknown architecture, or does not
-        fit into memory.
+        Raises `CheckpointError` if the file is damaged, does not fit into memory, or holds
+        something that is not understood: an architecture, a value or a tensor.
         """
-        size = self.path.stat().st_size
+        size = sum(path.stat().st_size for path in self.parts)
         reject_if_too_large(self.path, size, free_memory(torch.device("cpu")))
         return self.cache.get("facts", CONVERSION, self._write_facts)
 
     def dense(self) -> Path:
-        """Return a directory with the whole model in Hugging Face format, in bfloat16.
+        """Return a directory with the whole model in Hugging Face format.
 
-        Raises as `facts` does. Also raises `CheckpointError` if weights are missing, or if the
-        weights in bfloat16 are too large for the memory or the disk.
+        Floats keep their dtype; packed weights become bfloat16. Raises as `facts` does. Also raises
+        `CheckpointError` if weights are missing, or if the dense weights are too large for the
+        memory or the disk.
         """
-        size = 2 * self.parameters
+        size = self.weights().dtype.itemsize * self.parameters
         reject_if_too_large(self.path, size, free_memory(torch.device("cpu")))
         return self.cache.get("dense", CONVERSION, self._write_dense, size)
 
@@ -114,62 +108,60 @@ class GgufFile:
         """How many numbers the tensors hold. Raises `CheckpointError` for a damaged header."""
         from stream_generator.loading.gguf.header import checked_parameters
 
-        try:
-            return checked_parameters(self.path)
-        except ValueError as error:
-            raise _unreadable(self.path, error) from error
+        total = 0
+        for path in self.parts:
+            try:
+                total += checked_parameters(path)
+            except ValueError as error:
+                raise _unreadable(path, error) from error
+        return total
 
     def is_packed(self) -> bool:
         """Whether the file has packed weights."""
         return bool(json.loads((self.facts() / HAS_PACKED).read_text()))
 
     def weights(self) -> "GgufWeights":
-        """Open the weights. Raises `CheckpointError` for an unknown architecture."""
+        """Open the weights. Raises `CheckpointError` for a damaged file or an unknown
+        architecture."""
         from stream_generator.loading.gguf.weights import GgufWeights
 
         try:
-            return GgufWeights(self.path)
-        except (ValueError, KeyError) as error:
+            return GgufWeights(*self.parts)
+        except Exception as error:  # a damaged file can make the reader raise anything
             raise _unreadable(self.path, error) from error
 
     def _write_facts(self, directory: Path) -> None:
         # Imported here, because the import is slow and only the first start needs it.
-        from gguf import GGUFReader
+        from stream_generator.loading.gguf.config import read_config
+        from stream_generator.loading.gguf.dense import check_tensors
 
-        _ = self.parameters  # check the header before anything else reads the file
+        _ = self.parameters  # check the headers before anything else reads the files
         print(f"Converting the tokenizer of {self.path.name} (once) ...", file=sys.stderr)
+        weights = self.weights()
         try:
-            reader = GGUFReader(self.path)
+            config = read_config(weights.fields, weights.shapes, weights.rotary)
+            check_tensors(config, weights)
             with _isolated(self.path) as options:
-                tokenizer = AutoTokenizer.from_pretrained(**options)
-                config = AutoConfig.from_pretrained(**options)
-            _correct_tokenizer(tokenizer, reader.fields)
-            _reject_biases(config, reader)
-            _add_rotary_scaling(config, reader)
+                tokenizer = _tokenizer_class(weights.fields).from_pretrained(**options)
+            _correct_tokenizer(tokenizer, weights.fields)
         except Exception as error:  # a damaged file can make the readers raise anything
             raise _unreadable(self.path, error) from error
         config.save_pretrained(directory)
-        (directory / HAS_PACKED).write_text(json.dumps(self.weights().is_packed))
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        GenerationConfig(**ids).save_pretrained(directory)
+        (directory / HAS_PACKED).write_text(json.dumps(weights.is_packed))
         tokenizer.save_pretrained(directory)
 
     def _write_dense(self, directory: Path) -> None:
-        facts = self.facts()
+        from stream_generator.loading.gguf.dense import write_dense
+
+        facts, weights = self.facts(), self.weights()
         print(f"Converting {self.path.name} for faster starts (once) ...", file=sys.stderr)
-        try:
-            with _isolated(self.path) as options:
-                model, report = AutoModelForCausalLM.from_pretrained(
-                    quantization_config=GgufConfig(dequantize=True),
-                    dtype=torch.bfloat16,
-                    output_loading_info=True,
-                    **options,
-                )
-            if missing := sorted(report["missing_keys"]):
-                raise ValueError(f"it lacks {len(missing)} of its weights ({missing[0]}, ...)")
-        except Exception as error:  # a damaged file can make the readers raise anything
-            raise _unreadable(self.path, error) from error
-        model.save_pretrained(directory)
-        for file in facts.iterdir():
-            shutil.copy(file, directory)
+        shutil.copytree(facts, directory)
+        config = AutoConfig.from_pretrained(facts)
+        config.dtype = weights.dtype
+        config.save_pretrained(directory)
+        write_dense(config, weights, directory)
 
 
 @contextmanager
@@ -186,47 +178,23 @@ def _isolated(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    from stream_generator.loading.gguf.metadata import UnsupportedFile
+
+    if isinstance(error, UnsupportedFile):
+        return CheckpointError(
+            f"{path} cannot be loaded: {error}; use the model in Hugging Face format"
+        )
     return CheckpointError(
         f"{path} could not be read: {first_line(error)}; download it again if it is incomplete, or "
         "use the model in Hugging Face format"
     )
 
 
-def _reject_biases(config: Any, reader: Any) -> None:
-    if config.model_type == "llama" and any(t.name.endswith(".bias") for t in reader.tensors):
-        raise ValueError("it has biases, which transformers ignores in a Llama's GGUF")
-
-
-def _add_rotary_scaling(config: Any, reader: Any) -> None:
-    """Set the scaled rotary frequencies of Llama 3.1 and 3.2, which transformers ignores in a GGUF.
-
-    The file holds them as a tensor of divisors. Raises `ValueError` for any other scaling.
-    """
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    kind = next(
-        (f for name, f in reader.fields.items() if name.endswith("rope.scaling.type")), None
-    )
-    if kind is not None and kind.contents() != "none":
-        raise ValueError(
-            f"its rotary positions are scaled in a way that is not supported ({kind.contents()})"
-        )
-    if "rope_freqs.weight" not in tensors:
-        return
-    divisors = torch.tensor(tensors["rope_freqs.weight"].data)
-    config.rope_parameters = {
-        "rope_type": "llama3",
-        "rope_theta": config.rope_parameters["rope_theta"],
-        "factor": round(float(divisors.max()), 4),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    plain = 1 / config.rope_parameters["rope_theta"] ** (
-        torch.arange(len(divisors)) / len(divisors)
-    )
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    if not torch.allclose(plain / scaled, divisors, rtol=1e-3):
-        raise ValueError("its rotary frequencies are scaled in another way than Llama 3's")
+def _tokenizer_class(fields: dict[str, Any]) -> Any:
+    """Return the class that reads the tokenizer; the automatic one rejects some architectures."""
+    architecture = fields["general.architecture"].contents()
+    known = architecture in GGUF_SUPPORTED_ARCHITECTURES
+    return AutoTokenizer if known else PreTrainedTokenizerFast
 
 
 def _correct_tokenizer(tokenizer: Any, fields: dict[str, Any]) -> None:

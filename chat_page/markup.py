@@ -2,8 +2,9 @@
 
 The renderer would read tags as HTML, and every $ as the start of a formula. Escapes would show when
 a message is copied or edited. So an invisible character marks what the text means: U+2060, the word
-joiner. After < or ! it prevents a tag or an image. Around a formula it is part of the delimiters.
-The page removes the marks from copied and edited messages.
+joiner. After < or ! it prevents a tag or an image. For the renderer, a formula begins only with
+U+2060 and $ (or a bracket after a backslash), so a plain $ begins none. The page removes the marks
+from copied and edited messages.
 """
 
 import re

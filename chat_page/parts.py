@@ -43,9 +43,9 @@ def event_queue() -> gr.HTML:
 def conversation_list() -> gr.HTML:
     """The conversations in the browser's storage. Its value is the open conversation.
 
-    Its property `changed_settings` takes new settings and the id of their conversation. Each of its
-    events gets its input from a script: `choose` from `CHOSEN`, `import_file` from `IMPORTED` (the
-    text of a file), `delete_open` from `DELETED`.
+    Its property `changed_settings` takes new settings and the id of their conversation. Before each
+    of its events, the browser runs a script of this module that returns the event's input: `CHOSEN`
+    for `choose`, `IMPORTED` (the text of a file) for `import_file`, `DELETED` for `delete_open`.
     """
     words = texts(
         "conversations", "none_yet", "delete", "delete_sure", "import", "kept_where",

@@ -13,9 +13,10 @@ def settle_threads(threads: int | None = None) -> int:
 
     threads: by default OMP_NUM_THREADS, or else `usable_cores`.
 
-    Torch and its libraries read the environment when they are imported, so call this first. Threads
-    spin for a shorter time than GNU OpenMP's default, unless the environment sets a policy. With
-    the default, one other busy process slows each token twentyfold (docs/performance.md).
+    Torch and its libraries read the environment when they are imported, so call this first. A
+    thread without work first waits actively (it spins), then sleeps. Unless the environment sets
+    OMP_WAIT_POLICY or GOMP_SPINCOUNT, it spins for a shorter time than by GNU OpenMP's default.
+    With the default, one other busy process slows each token twentyfold (docs/performance.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")

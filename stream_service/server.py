@@ -49,7 +49,7 @@ class JsonErrorTask(ErrorTask):  # type: ignore[misc]
 
 
 class Parser(HTTPRequestParser):  # type: ignore[misc]
-    """Rejects requests that two servers in a row could read differently (RFC 9112, 6.3)."""
+    """Rejects requests that a proxy and this server could read differently (RFC 9112, 6.3)."""
 
     def parse_header(self, header_plus: bytes) -> None:
         if b"\r\n " in header_plus or b"\r\n\t" in header_plus:

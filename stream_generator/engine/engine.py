@@ -42,8 +42,8 @@ class Engine:
 
     Any thread may call any method except `run` and `step`. `run` computes on the calling thread
     until `close`. `start` calls `run` on a new thread. Prefer `run` on the thread that loaded the
-    model: a second thread gets a second OpenMP team. GNU's OpenMP then stops spinning, which costs
-    nearly a third of the speed on 2 cores (`docs/performance.md`).
+    model: a second thread gets a second OpenMP team. Idle threads then sleep instead of waiting
+    actively, which costs nearly a third of the speed on 2 cores (`docs/performance.md`).
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Engine:
         """Queue `n` replies to each prompt, either all or none. Each prompt is computed once.
 
         If `params` has a seed, reply i of a prompt uses seed + i. Returns the streams in the order
-        of the prompts; request ids after the first end in "#1", "#2"... Raises as `submit` does.
+        of the prompts. The first has `request_id`; the others add "#1", "#2"... Raises as `submit`.
         """
         requests = self.intake.new_requests(prompts, params, n, request_id or uuid.uuid4().hex)
         streams = [TokenStream(request, self.abort) for request in requests]
@@ -136,7 +136,7 @@ class Engine:
     def clear(self) -> None:
         """Forget computed prefixes, and return cached device memory to the system.
 
-        Raises `EngineClosed` if the engine closes or is busy for a minute, or `GenerationFailed`.
+        Raises `EngineClosed` if it closes or is busy for a minute, `GenerationFailed` if it fails.
         """
         done: Future[None] = Future()
         with self._changed:
@@ -265,19 +265,18 @@ class Engine:
             self._changed.notify_all()
 
     def _serve_clears(self) -> None:
-        """Serve the pending calls of `clear`."""
+        """Serve the pending calls of `clear`. After a failure they are left for `_fail_all`."""
         with self._changed:
-            clears, self._clears = self._clears, []
+            clears = list(self._clears)
         if clears:
             self._batch.clear()
+        with self._changed:
+            del self._clears[: len(clears)]
         for done in clears:
             done.set_result(None)
 
     def _fail_all(self, reason: StreamGeneratorError) -> None:
-        """Close the engine. Fail all requests and all pending calls of `clear`.
-
-        This method does not use the device, because the device may be lost.
-        """
+        """Close, and fail all requests and calls of `clear`. The device may be lost: leave it."""
         with self._changed:
             self._move_to(EngineState.CLOSED)
             streams, clears, self._clears = list(self._streams.values()), self._clears, []

@@ -53,8 +53,8 @@ class PrefixCache:
     def assign(self, request: Request) -> SlotAssignment | None:
         """Assign a free slot to `request`. Return None if no slot is free.
 
-        At least `smallest_chunk` ids of the prompt are left to compute, because the last logits of
-        the prompt are needed.
+        The last `smallest_chunk` ids of the prompt are always computed: the last id for its logits,
+        and never fewer ids at a time.
         """
         free = [slot for slot in self._slots if slot.owner is None]
         if not free:

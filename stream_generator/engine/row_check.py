@@ -10,8 +10,8 @@ CHUNK_SIZES = (2, 3, 33, 64, 512)
 
 
 def find_least_rows(graph: SavedGraph, slots: int) -> int | None:
-    """Find the least number of rows of a forward at which the result of one row does not depend on
-    the others.
+    """Find how many rows a forward must have so that no row's result depends on the other rows: 1,
+    2 or `slots`.
 
     The check runs a graph with one layer of each kind. It tries every number of rows up to `slots`,
     and prompts in chunks of several sizes. Returns None if no number of rows helps.

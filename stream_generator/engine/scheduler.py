@@ -44,8 +44,8 @@ class Pace:
     def budget(self, others_decode: bool) -> int:
         """Return the number of prompt tokens for the next step.
 
-        If other requests decode, the prompt tokens take about as long as one decode. So prompts at
-        most roughly double the gap between two tokens of a reply.
+        If other requests decode, the prompt tokens take about as long as one decode. So the gap
+        between two tokens of a reply becomes at most about twice as long.
         """
         if not others_decode:
             return LARGEST_CHUNK

@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 class ModelLoader:
     """Loads the transformers model of one source; see `load_checkpoint` for the fields.
 
-    packed_size: the bytes of packed weights, from (parameters, bits). None: do not advise packing.
+    packed_size: a function from (parameters, bits) to the bytes of the packed weights. With it,
+    messages about large weights advise `--quantize`. None if the model cannot be packed.
     """
 
     found: LocatedModel

@@ -63,7 +63,10 @@ class PackedOnRead:
         return PackedWeight.of(weight, 8 if module == HEAD else self._bits)
 
     def dense(self, parameter: str) -> torch.Tensor:
-        """Read a parameter, rounded as packing rounds it. Raises `KeyError`."""
+        """Read a parameter as a dense tensor. If `packed` packs it, it has the same rounded values.
+
+        Raises `KeyError` if it is missing.
+        """
         module = parameter.removesuffix(".weight")
         if module in (parameter, EMBEDDING):  # not packed here
             return self._weights.dense(parameter)

@@ -25,7 +25,8 @@ def attend(
     causal.
     Returns [rows * length, heads * head size].
 
-    The query heads of one key head count as further positions of one head, so no key is copied.
+    The query heads that share a key head are laid out as more positions of a single query head, so
+    no key is copied.
     Source: Ainslie et al., GQA, 2023 (arXiv:2305.13245).
     """
     rows, length, heads, size = queries.shape

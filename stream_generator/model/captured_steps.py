@@ -180,8 +180,9 @@ def tokens_of(states: torch.Tensor) -> torch.Tensor:
     """View the keys or values of a `SlotLayer` as one list of tokens: [tokens, heads, head size].
 
     states: [slots, key heads, context, head size], the keys' or the values' half of a layer's
-    store. Position p of slot s is token s * (slot's stride / head size) + p. The tokens
-    between the last position of a slot and the first of the next belong to other heads.
+    store. Position p of slot s is token s * (slot's stride / head size) + p. Between the last
+    position of a slot and the first of the next, the memory holds other heads; tokens with these
+    indices are not valid.
     """
     slots, heads, context, size = states.shape
     slot_stride, head_stride, _, _ = states.stride()

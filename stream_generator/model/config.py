@@ -16,8 +16,9 @@ def require_batchable(
 ) -> None:
     """Raise `ValueError` if the engine cannot batch the requests of a model.
 
-    Finds what a comparison of logits on a few tokens would miss. has_fixed_frequencies: whether
-    longrope changes its frequencies no more, see `longrope`.
+    Looks for what changes logits only later in a reply, so that `slot_check`, which compares logits
+    of a few tokens, would miss it. has_fixed_frequencies: whether longrope changes its frequencies
+    no more, see `longrope`.
     """
     config = config.get_text_config()
     rope = repr([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")])

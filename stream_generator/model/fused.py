@@ -176,7 +176,8 @@ class Rotation:
 
     cosines, sines: [rows, length, 1, head size]; the first half of the sines is negated.
     Source: Su et al., RoFormer, 2021 (arXiv:2104.09864), with halves paired as in GPT-NeoX.
-    x cos + (-second half, first half) sin equals x cos + (second half, first half) (-sin, sin).
+    For x = (a, b), the source has x cos + (-b, a) sin. With the first half of the sines negated,
+    this is x cos + (b, a) sines.
     """
 
     cosines: torch.Tensor

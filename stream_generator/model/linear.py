@@ -24,7 +24,8 @@ class Linear(Protocol):
     """A linear layer with weight W [out, in] and bias b [out].
 
     x: [rows, in], contiguous. other: [rows, out].
-    dtype: the coarsest dtype to which the layer may round its inputs.
+    dtype: the layer computes in this dtype or in a more precise one. Checks take their tolerance
+    from it.
     """
 
     dtype: torch.dtype

@@ -49,7 +49,7 @@ class PackedWeight:
         """Pack a weight, float [out, in], in groups of 32. `in` must be a multiple of 32.
 
         With four bits, a group's values span the range from its least to its greatest weight. With
-        eight bits, the range is symmetric around 0, so there are no zeros.
+        eight bits, the range is symmetric around 0, so `zeros` is None.
         """
         rows = max(SLICE_NUMBERS // weight.shape[1], 1)
         return cls.concatenate([cls._pack_rows(part, bits) for part in weight.detach().split(rows)])

@@ -76,7 +76,7 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[Sampled]:
     logits: float32 [rows, vocab], changed in place. One maximum serves all greedy rows, one draw
     serves all rows without filters, and one prefilter serves all rows with filters. The results
     come to the host in one transfer. A row needs a second transfer only if its filters may keep ids
-    outside the prefilter.
+    that are not among its `PREFILTER` highest.
     """
     most_alternatives = max(map(_num_alternatives, requests), default=-1)
     # Of the model's own distribution, before any processor.

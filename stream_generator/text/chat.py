@@ -94,8 +94,8 @@ class ChatFormat:
 
         Trimming removes the oldest turns. System messages at the beginning stay, and so does the
         last turn, even if the prompt is still too long. The amount to remove is rounded up to whole
-        quarters of the context, so successive prompts of a conversation share a prefix, and the
-        prefix cache serves it. Raises as `encode` does.
+        quarters of the context. So several successive prompts of a conversation begin with the same
+        turn, and the prefix cache serves what they share. Raises as `encode` does.
         """
         ids = self.encode(messages)
         excess = len(ids) - context_length * 7 // 8

@@ -33,8 +33,9 @@ class Detokenizer:
     long as the text ends in U+FFFD. Its cost grows with the square of the number of consecutive
     invalid bytes, and it never delivers an incomplete character at the end.)
 
-    There is one exception: a byte-fallback decoder (Llama 2) rewrites a whole run of bytes when one
-    byte turns out to be invalid. Text that was delivered before stays.
+    In one case the joined deltas differ from `tokenizer.decode`: a byte-fallback decoder (Llama 2)
+    rewrites a whole run of bytes when one byte turns out to be invalid. Text that was delivered
+    before stays.
 
     Invariant: `_sent` is the delivered part of the window's text.
     """

@@ -70,6 +70,22 @@ def test_a_pending_clear_fails_once_however_often_the_engine_closes() -> None:
     assert failures == [EngineClosed]
 
 
+def test_a_clear_that_fails_ends_the_engine_and_reports_it_to_its_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(batch: Batch) -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(Batch, "clear", lost)
+    engine = engine_of(fake_checkpoint(says("abc")), slots=1)
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    with pytest.raises(GenerationFailed, match="must be restarted"):
+        engine.clear()
+    wait_for(thread)
+    assert engine.life.has_failed
+
+
 def test_clear_returns_while_a_request_runs(start: Any) -> None:
     engine = start(says("abc"))
     stream = submit(engine)

@@ -1,0 +1,138 @@
+"""The tokenizer of a GGUF file gives the ids of llama.cpp, or the file is rejected."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+from gguf import GGUFReader, GGUFWriter, TokenType
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from stream_generator.loading.gguf.metadata import UnsupportedFile
+from stream_generator.loading.gguf.tokenizer import KINDS, read_tokenizer
+
+# Loads each file that it is told of, and prints the ids of the texts. The texts come first.
+LLAMA_CPP = """
+import json, sys, requests, xllamacpp
+texts = json.loads(sys.stdin.readline())
+with requests.Session() as session:
+    for line in sys.stdin:
+        params = xllamacpp.CommonParams()
+        params.model.path = json.loads(line)
+        params.n_ctx, params.n_parallel, params.warmup = 256, 1, False
+        params.cpuparams.n_threads = 1
+        params.hostnames, params.port = ["127.0.0.1"], 0
+        found = None
+        try:
+            server = xllamacpp.Server(params)
+        except RuntimeError:
+            pass
+        else:
+            url = f"{server.listening_address}/tokenize"
+            bodies = [{"content": text, "add_special": True} for text in texts]
+            found = [session.post(url, json=body, timeout=60).json()["tokens"] for body in bodies]
+            del server
+        print(json.dumps(found), flush=True)
+"""
+TEXTS = [
+    "Hello, world!", "hello world", " leading", "trailing ", "two  spaces", "a   b    c     d",
+    "I'm sure it's what they'd've said, don't you?", "WE'LL SEE, IT'S HERE; I'VE GONE", "'tis 's",
+    "1", "12", "123", "1234", "12345678", "3.14159 and 2,718,281", "x1y22z333", "year 2024, 50%",
+    "line\nline", "one\n\ntwo\n\n\nthree", "\n", "\n\n  indented", "  \n  \n", "tab\tand\t\ttabs",
+    "\r\nwindows\r\nlines", "end.\n", "end?!\n\n", "    def f(x):\n        return x**2  # square\n",
+    "中文句子没有空格", "你好，世界。今天是2024年", "中文 and English 混合", "ひらがなとカタカナ",
+    "한국어 문장입니다", "😀😃 emoji 👍🏽", "a😀b", "snake_case camelCase HTTPServer XMLHttpRequest",
+    "path/to/file.txt https://example.org/?q=1&r=2", "$100 + <tag> = ^x^ ~y | `code`",
+    '{"key": [1, 22, 333], "b": null}', "(parenthesis) [bracket]", "...---!!!", "wonderful wonderful",
+    "Привет, мир", "naïve café", "हिन्दी में पाठ", "a" * 40, " " * 40 + "x", "",
+]  # fmt: skip
+BEGIN, WHOLE = "<begin>", "wonderful"  # the second is a token that no merges lead to
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> tuple[list[str], list[str]]:
+    """Tokens and merges that cross every border, so that each split shows in the ids."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, show_progress=False, min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), max_token_length=8,
+    )  # fmt: skip
+    pieces = [text[start : start + 12] for text in TEXTS for start in range(0, len(text), 3)]
+    tokenizer.train_from_iterator([*TEXTS, *pieces], trainer)
+    assert isinstance(tokenizer.decoder, decoders.Decoder | None)
+    found = tokenizer.get_vocab()
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    merges = [pair for pair in merges if "".join(pair) != WHOLE]
+    words = [word for word in sorted(found, key=found.__getitem__) if word != WHOLE]
+    return [*words, WHOLE, BEGIN], [" ".join(pair) for pair in merges]
+
+
+def write(path: Path, vocabulary: tuple[list[str], list[str]], model: str, kind: str | None) -> Path:
+    """A file with a tokenizer, and the smallest model with which llama.cpp loads it."""
+    words, merges = vocabulary
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(256)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model(model)
+    if kind is not None:
+        writer.add_tokenizer_pre(kind)
+    writer.add_token_list(words)
+    writer.add_token_types([TokenType.NORMAL] * (len(words) - 1) + [TokenType.CONTROL])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(len(words) - 1)
+    writer.add_eos_token_id(len(words) - 1)
+    square = numpy.zeros((32, 32), dtype=numpy.float32)
+    writer.add_tensor("token_embd.weight", numpy.zeros((len(words), 32), dtype=numpy.float32))
+    writer.add_tensor("output_norm.weight", square[0])
+    for name in ("attn_norm", "ffn_norm"):
+        writer.add_tensor(f"blk.0.{name}.weight", square[0])
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"):
+        writer.add_tensor(f"blk.0.{name}.weight", square)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def read(path: Path) -> Any:
+    return read_tokenizer(path, GGUFReader(path).fields)
+
+
+@pytest.fixture(scope="module")
+def llama_cpp() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", LLAMA_CPP],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        assert process.stdin is not None
+        print(json.dumps(TEXTS), file=process.stdin, flush=True)
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+def test_each_kind_gives_the_ids_of_llama_cpp(
+    kind: str | None, vocabulary: tuple[list[str], list[str]], tmp_path: Path,
+    llama_cpp: subprocess.Popen[str],
+) -> None:  # fmt: skip
+    path = write(tmp_path / "tiny.gguf", vocabulary, "gpt2", kind)
+    assert llama_cpp.stdin is not None and llama_cpp.stdout is not None
+    print(json.dumps(str(path)), file=llama_cpp.stdin, flush=True)
+    theirs = json.loads(llama_cpp.stdout.readline())
+    assert theirs is not None, "llama.cpp does not load the file"
+    tokenizer = read(path)
+    for text, ids in zip(TEXTS, theirs, strict=True):
+        assert tokenizer.encode(text) == ids, text

@@ -45,13 +45,14 @@ _HALVES = "|".join(rf"\s{{{count}}}(?!\S)" for count in (512, 256, 128, 64, 32, 
 _ASCII_SIGNS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
 _BLOOM = r" ?[^(\s|.,!?\x{2026}\x{3002}\x{FF0C}\x{3001}\x{0964}\x{06D4}\x{060C})]+"
 
-# The splits are those of the models' own tokenizer.json, and which kinds share them, merge alike and
-# begin alike is from llama.cpp's llama-vocab.cpp.
+# By the value of tokenizer.ggml.pre. The splits are those of the models' own tokenizers. Which
+# kinds share them, and the rest, is from llama.cpp's llama-vocab.cpp.
 _GROUPS: dict[str, Kind] = {
     "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": Kind(
         (_LLAMA3,), ignore_merges=True, begins=True
     ),
-    "dbrx smaug-bpe glm4 chatglm-bpe": Kind((_LLAMA3,)),
+    "dbrx smaug-bpe chatglm-bpe": Kind((_LLAMA3,)),
+    "glm4": Kind((_LLAMA3,), ignore_merges=True),
     "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2": Kind((_QWEN2,)),
     "qwen35": Kind((
         rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
@@ -77,7 +78,6 @@ _GROUPS: dict[str, Kind] = {
         (rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_PATHS}",), ignore_merges=True, begins=True
     ),
     "gpt-4o llama4 kanana2 minimax-m2": Kind((_GPT4O,)),
-    "tiny_aya": Kind((r"\d{1,3}(?=(?:\d{3})*\b)", _GPT4O)),
     "superbpe": Kind((r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
     "bailingmoe bailingmoe2 llada-moe": Kind((
         rf"{_SHORT}|{_WORD}|\p{{N}}|{_SIGNS}|\s*[\r\n]|\s+(?!\S)|\s+",

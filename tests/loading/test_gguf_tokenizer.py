@@ -51,7 +51,7 @@ TEXTS = [
     "snake_case camelCase HTTPServer XMLHttpRequest",
     "path/to/file.txt https://example.org/?q=1&r=2", "$100 + <tag> = ^x^ ~y | `code`",
     '{"key": [1, 22, 333], "b": null}', "(parenthesis) [bracket]", "...---!!!",
-    "wonderful wonderful",
+    "wonderful wonderful", "use `this` or `that` `",
     "Привет, мир", "naïve café", MARKS, "a" * 40, " " * 40 + "x", "",
 ]  # fmt: skip
 BEGIN, WHOLE = "<begin>", "wonderful"  # the second is a token that no merges lead to
@@ -182,3 +182,16 @@ def test_a_file_with_an_unknown_tokenizer_is_rejected_by_its_name(
     path = write(tmp_path / "tiny.gguf", vocabulary, model, kind)
     with pytest.raises(CheckpointError, match=rf"{words} is not known.*Hugging Face format"):
         load_checkpoint(str(path))
+
+
+def test_the_texts_tell_all_kinds_apart(
+    vocabulary: tuple[list[str], list[str]], tmp_path: Path
+) -> None:
+    """Otherwise the test with llama.cpp could not notice a wrong split."""
+    distinct = {kind: name for name, kind in KINDS.items()}
+    found: dict[str, str] = {}
+    for name in distinct.values():
+        tokenizer = read(write(tmp_path / f"{name}.gguf", vocabulary, "gpt2", name))
+        ids = str([tokenizer.encode(text) for text in TEXTS])
+        assert ids not in found, f"{name} and {found[ids]}"
+        found[ids] = name

@@ -53,7 +53,8 @@ _GROUPS: dict[str, Kind] = {
     ),
     "dbrx smaug-bpe chatglm-bpe": Kind((_LLAMA3,)),
     "glm4": Kind((_LLAMA3,), ignore_merges=True),
-    "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2": Kind((_QWEN2,)),
+    "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2 bailingmoe bailingmoe2 "
+    "llada-moe": Kind((_QWEN2,)),
     "qwen35": Kind((
         rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
         rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACE}",
@@ -79,9 +80,6 @@ _GROUPS: dict[str, Kind] = {
     ),
     "gpt-4o llama4 kanana2 minimax-m2": Kind((_GPT4O,)),
     "superbpe": Kind((r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
-    "bailingmoe bailingmoe2 llada-moe": Kind((
-        rf"{_SHORT}|{_WORD}|\p{{N}}|{_SIGNS}|\s*[\r\n]|\s+(?!\S)|\s+",
-    )),
     "seed-coder": Kind((rf"{_SHORT}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACE}",)),
     "jais-2": Kind((
         rf"{_SHORT}|{_WORD}|\p{{N}}{{1,3}}|{_SIGNS}|\s*[\r\n]+|{_HALVES}|\s{{1,2}}(?!\S)|\s",

@@ -53,8 +53,8 @@ _GROUPS: dict[str, Kind] = {
     ),
     "dbrx smaug-bpe chatglm-bpe": Kind((_LLAMA3,)),
     "glm4": Kind((_LLAMA3,), ignore_merges=True),
-    "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2 bailingmoe bailingmoe2 "
-    "llada-moe": Kind((_QWEN2,)),
+    "qwen2 deepseek-r1-qwen kormo megrez stablelm2 hunyuan solar-open grok-2 bailingmoe "
+    "bailingmoe2 llada-moe": Kind((_QWEN2,)),
     "qwen35": Kind((
         rf"{_SHORT}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}|"
         rf" ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACE}",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.fakes import byte_tokenizer
 from support.models import tiny_llama
 
-from stream_generator.errors import CheckpointError, InvalidRequest
+from stream_generator.errors import CheckpointError
 from stream_generator.loading.gguf.header import checked_parameters
 from stream_generator.loading.load import load_checkpoint
 from stream_generator.text.chat import ChatFormat
@@ -192,16 +192,25 @@ def test_pickled_weights_are_read_on_request_and_their_code_never_runs(
 
 def test_ordinary_chat_templates_pass_the_check() -> None:
     ChatFormat(byte_tokenizer()).check_template()
-    rejecting = "{{ raise_exception('no system message') }}"
+    rejecting = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    )
     ChatFormat(byte_tokenizer(chat_template=rejecting)).check_template()
     ChatFormat(byte_tokenizer(chat_template=None)).check_template()
 
 
-def test_every_chat_with_a_recursive_template_is_rejected(model: Path) -> None:
-    text("chat_template.jinja", "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}")(model)
-    chat = load_checkpoint(str(model)).chat
-    with pytest.raises(InvalidRequest, match="template rejects"):
-        chat.encode([{"role": "user", "content": "hi"}])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+        "{% if messages %}never closed",
+        "{{ raise_exception('nothing') }}",
+    ],
+)
+def test_a_template_that_no_conversation_passes_is_rejected(model: Path, template: str) -> None:
+    text("chat_template.jinja", template)(model)
+    with pytest.raises(CheckpointError, match=r"every conversation fails: .*chat_template\.jinja"):
+        load_checkpoint(str(model))
 
 
 def test_a_valid_chat_template_may_be_large() -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 from jinja2 import Environment, TemplateSyntaxError, nodes
 
-from stream_generator.errors import CheckpointError, InvalidRequest
+from stream_generator.errors import CheckpointError, InvalidRequest, first_line
 
 # Characters that mark control tokens in messages: no script uses them, and templates keep them.
 _PRIVATE_USE = range(0xE000, 0xF8FF)
@@ -83,7 +83,8 @@ class ChatFormat:
     @property
     def can_chat(self) -> bool:
         """Whether there is a chat format. Base models have none."""
-        return bool(self._tokenizer.chat_template)
+        template = self._tokenizer.chat_template
+        return "default" in template if isinstance(template, dict) else bool(template)
 
     def describe(self) -> str:
         """The origin of the chat format, in words."""
@@ -135,18 +136,28 @@ class ChatFormat:
     def check_template(self) -> None:
         """Try the template on a few conversations, before a request depends on it.
 
-        Raises `CheckpointError` if the template runs too long or its prompt is too long. A template
-        may reject some conversations: for example, not every template has system messages.
+        Raises `CheckpointError` if the template runs too long, if its prompt is too long, or if it
+        rejects all of them. It may reject some: not every template has system messages.
         """
         _reject_large_operations(str(self._tokenizer.chat_template or ""))
         turns: list[Message] = [
             {"role": role, "content": "Hello."} for role in ("system", "user", "assistant", "user")
         ]
         long = [*turns, *turns[2:] * 20]
-        for messages in ([turns[1]], turns[:2], turns[1:3], turns, long):
-            with contextlib.suppress(InvalidRequest), _line_limit(MAX_TEMPLATE_LINES):
-                if len(self._apply_template(messages, tokenize=False)) > MAX_PROMPT_CHARACTERS:
-                    raise CheckpointError(RUNAWAY_TEMPLATE)
+        tried = ([turns[1]], turns[:2], turns[1:3], turns, long)
+        rejections = []
+        for messages in tried if self.can_chat else ():
+            try:
+                with _line_limit(MAX_TEMPLATE_LINES):
+                    if len(self._apply_template(messages, tokenize=False)) > MAX_PROMPT_CHARACTERS:
+                        raise CheckpointError(RUNAWAY_TEMPLATE)
+            except InvalidRequest as error:
+                rejections.append(error)
+        if len(rejections) == len(tried):  # such as a template with a syntax error
+            raise CheckpointError(
+                f"every conversation fails: {first_line(rejections[0])}; correct the template "
+                f"({self.describe()}), or remove it to serve completions alone"
+            )
 
     def end_of_turn(self) -> int | None:
         """Return the id of the control token that the template writes after a reply.

@@ -11,8 +11,9 @@ import pytest
 import torch
 from gguf import GGUFWriter, RopeScalingType
 from support.fakes import byte_tokenizer
-from support.gguf_files import as_file_type, gguf_name, round_trip, write_gguf
+from support.gguf_files import Encode, as_file_type, gguf_name, round_trip, write_gguf
 from support.llama3 import BEGIN, END_OF_TURN, VOCABULARY, tokenizer_file
+from support.llama_cpp import llama_cpp_scores
 from support.models import tiny_llama
 from transformers import PreTrainedModel
 
@@ -60,6 +61,31 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float((ours - theirs).std() / theirs.std())
 
 
+def of_blocks(model: PreTrainedModel, encode: Encode) -> PreTrainedModel:
+    """The model with the weights of a file's blocks, decoded by the gguf package."""
+    blocks = copy.deepcopy(model)
+    for name, weight in blocks.state_dict().items():
+        data = round_trip(encode, gguf_name(name), weight.numpy())
+        weight.copy_(torch.from_numpy(data).view_as(weight))
+    return blocks
+
+
+def test_llama_cpp_gives_the_logits_of_every_formats_blocks(
+    model: PreTrainedModel, tokenizer: Any, tmp_path: Path
+) -> None:
+    encoders = {file_type: as_file_type(file_type) for file_type in FILE_TYPES}
+    files = [
+        write_gguf(model, tokenizer, tmp_path / f"{file_type}.gguf", encode)
+        for file_type, encode in encoders.items()
+    ]
+    theirs = llama_cpp_scores(files, range(200, 260), VOCABULARY)
+    for scores, (file_type, encode) in zip(theirs, encoders.items(), strict=True):
+        assert scores is not None, file_type
+        expected = logits(of_blocks(model, encode))[-1].log_softmax(dim=-1)
+        # llama.cpp rounds the inputs of packed products to eight bits.
+        assert error(scores, expected) < (0.03 if file_type in FLOATS else 0.06), file_type
+
+
 @pytest.mark.parametrize("quantize", ["none", "auto"])
 @pytest.mark.parametrize("file_type", FILE_TYPES)
 def test_a_gguf_of_every_format_gives_the_logits_of_its_blocks(
@@ -74,12 +100,7 @@ def test_a_gguf_of_every_format_gives_the_logits_of_its_blocks(
     encode = as_file_type(file_type)
     path = write_gguf(model, tokenizer, tmp_path / f"{file_type}.gguf", encode)
     loaded = load_checkpoint(str(path), quantize, dtype="float32")
-    # The reference holds the same blocks, decoded by the gguf package.
-    blocks = copy.deepcopy(model)
-    for name, weight in blocks.state_dict().items():
-        data = round_trip(encode, gguf_name(name), weight.numpy())
-        weight.copy_(torch.from_numpy(data).view_as(weight))
-    ideal, original = logits(blocks), logits(model)
+    ideal, original = logits(of_blocks(model, encode)), logits(model)
     ours = logits(loaded)
     runs_packed = quantize == "auto" and file_type not in FLOATS
     assert (loaded.graph is not None) == runs_packed
